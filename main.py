@@ -1,0 +1,323 @@
+"""SimSiam pre-training (arXiv 2011.10566) on one GPU or CPU. The defaults are the paper's CIFAR-10 recipe:
+
+    python main.py --data_root DIR --arch resnet18 --learning_rate 0.06 --epochs 800 --weight_decay 5e-4 --momentum 0.9 --batch_size 512 --gpu 0
+
+A small run for a laptop without a GPU, on real CIFAR-10 and on the built-in shapes:
+
+    python main.py --data_root data --width 16 --train_size 5000 --batch_size 256 --epochs 20
+    python main.py --dataset shapes --width 8 --batch_size 64 --epochs 5
+"""
+import argparse
+import math
+import os
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+import simsiam
+from simsiam import SimSiam, feature_std, simsiam_loss
+from utils import checkpoint, log, plot
+from utils.augment import apply_views, draw_views
+from utils.cli import Parser, real_number, warn, whole_number
+from utils.data import DATASETS, load_dataset
+from utils.device import autocast, describe, select_device, select_precision
+from utils.knn import knn_accuracy
+from utils.run import CHECKPOINT, new_run_folder, newest_run, run_folder, write_config
+from utils.stop import StopRequest
+
+ARCHS = ("resnet18", "resnet34", "resnet50")
+LR_PER_256 = 0.03    # the paper's rate for a batch of 256; it scales linearly (appendix D)
+COLLAPSE_STD = 0.1   # below this, feature_std (healthy: about 1) means that the outputs are all but equal
+
+# What a resumed run has to share with its checkpoint to go on as the same run.
+RECIPE = (
+    "dataset", "train_size", "test_size", "arch", "width", "dim", "pred_dim", "num_proj_layers",
+    "epochs", "batch_size", "learning_rate", "momentum", "weight_decay", "seed", "precision",
+)
+
+
+def make_parser():
+    parser = Parser(prog="main.py", description=__doc__)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_root", default="data", metavar="DIR", help="folder that has, or gets, cifar-10-batches-py")
+    data.add_argument("--dataset", choices=DATASETS, default="cifar10", help="shapes is built in and needs no files")
+    data.add_argument("--train_size", type=whole_number(2), metavar="N", help="the first N training pictures only")
+    data.add_argument("--test_size", type=whole_number(1), metavar="N", help="the first N test pictures only")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--arch", choices=ARCHS, default="resnet18", help="backbone")
+    model.add_argument("--width", type=whole_number(1), default=64, help="channels of the first stage; 16 has 1/16 of the arithmetic")
+    model.add_argument("--dim", type=whole_number(2), default=2048, help="width of the projector and of the outputs z, p")
+    model.add_argument("--pred_dim", type=whole_number(1), default=512, help="width of the predictor's bottleneck")
+    model.add_argument("--num_proj_layers", type=int, choices=(2, 3), default=2, help="2: CIFAR, 3: ImageNet")
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=whole_number(1), default=800)
+    training.add_argument("--batch_size", type=whole_number(2), default=512)
+    training.add_argument("--learning_rate", type=real_number, help=f"initial rate; without it {LR_PER_256} * batch_size / 256")
+    training.add_argument("--momentum", type=real_number, default=0.9)
+    training.add_argument("--weight_decay", type=real_number, default=5e-4)
+    training.add_argument("--seed", type=whole_number(0), default=0)
+
+    device = parser.add_argument_group("device")
+    device.add_argument("--gpu", type=int, metavar="N", help="number of the CUDA GPU; without it the first one, else the CPU")
+    device.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="auto: bf16 or fp16 by the GPU, fp32 on the CPU")
+    device.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the views and the forward pass; without it on with CUDA, off without")
+    device.add_argument("--deterministic", action="store_true", help="bit-reproducible on CUDA too, slower")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--eval_freq", type=whole_number(1), default=10, metavar="EPOCHS", help="epochs from one kNN evaluation to the next")
+    run.add_argument("--save_freq", type=whole_number(1), default=10, metavar="EPOCHS", help="epochs from one checkpoint to the next")
+    run.add_argument("--exp_dir", default="experiments", metavar="DIR", help="where the run's folder is made")
+    run.add_argument("--trial", metavar="NAME", help="the run folder's name; without it the next free number")
+    run.add_argument("--resume", metavar="auto|PATH", help="go on with a checkpoint; auto: of --trial, else of the newest run")
+    run.add_argument("--untrained", action="store_true", help="measure the untrained network too: its kNN as epoch 0, its weights as untrained.pt")
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------
+# One training step
+
+
+def make_train_step(model, optimizer, scaler, precision_context, compiled):
+    """The step as a function: images uint8 [B, 3, H, W] and the Draws of both views -> loss and std, on the device.
+
+    precision_context makes the autocast context; scaler is a GradScaler, enabled for fp16 only.
+    """
+
+    def views_to_loss(images, draws1, draws2):
+        x1 = apply_views(images, draws1).contiguous(memory_format=torch.channels_last)  # [B, 3, 32, 32]
+        x2 = apply_views(images, draws2).contiguous(memory_format=torch.channels_last)
+        with precision_context():
+            p1, p2, z1, z2 = model(x1, x2)                                              # [B, dim] each
+        return simsiam_loss(p1, p2, z1, z2), feature_std(z1)
+
+    if compiled:
+        views_to_loss = torch.compile(views_to_loss, dynamic=False)
+
+    def train_step(images, draws1, draws2):
+        loss, std = views_to_loss(images, draws1, draws2)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        return loss.detach(), std
+
+    return train_step
+
+
+# ---------------------------------------------------------------------------------------------------
+# What an epoch needs
+
+
+def cosine_rate(rate, epoch, epochs):
+    """The learning rate of an epoch, counted from 0: the first has the full rate, the last more than 0."""
+    return rate * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+def draw_epoch(seed, epoch, size, count, image_shape, device):
+    """Everything random in an epoch, a function of (seed, epoch): `count` of `size` picture numbers in
+    random order, int64 [count], and the Draws of both views of each."""
+    generator = torch.Generator(device).manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(size, generator=generator, device=device)[:count]
+    return order, draw_views(count, generator, *image_shape), draw_views(count, generator, *image_shape)
+
+
+def save_state(folder, state, model, optimizer, scaler, args):
+    """Write checkpoint.pt (all that a resumed run needs) and backbone.pt (all that evaluation needs)."""
+    state = {
+        **state,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "config": vars(args),
+    }
+    checkpoint.save(os.path.join(folder, CHECKPOINT), state, keep_previous=True)
+    save_backbone(os.path.join(folder, "backbone.pt"), model)
+
+
+def save_backbone(path, model):
+    checkpoint.save(path, {name: value.cpu().contiguous() for name, value in model.backbone.state_dict().items()})
+
+
+# ---------------------------------------------------------------------------------------------------
+# The run
+
+
+def pretrain(args, device, data, model, folder, state):
+    """Train from `state` (a checkpoint; None: from the start) to the last epoch. Returns the exit code."""
+    precision_context = autocast(device, args.precision)
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        model.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay, fused=True
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    train_step = make_train_step(
+        model, optimizer, scaler, precision_context, device.type == "cuda" if args.compile is None else args.compile
+    )
+
+    size, batch = len(data.train_images), args.batch_size
+    steps = size // batch  # the last partial batch of an epoch is dropped
+    image_shape = data.train_images.shape[2:]
+
+    if state is None:
+        state = {"epoch": 0, "step": 0, "sums": torch.zeros(2), "seconds": 0.0}
+        order, *draws = draw_epoch(args.seed, 0, size, steps * batch, image_shape, device)
+        shown = slice(0, 8)
+        pictures = data.train_images[order[shown]]
+        plot.plot_views(folder, pictures, *(apply_views(pictures, views.rows(shown)) for views in draws))
+        if args.untrained:
+            save_backbone(os.path.join(folder, "untrained.pt"), model)
+            knn1, knn200 = knn_accuracy(model.backbone, data, precision_context)
+            log.append(folder, {"epoch": 0, "knn1": knn1, "knn200": knn200})
+            print(f"untrained: kNN k=1 {knn1:.2f} %, k=200 {knn200:.2f} %")
+
+    bar = tqdm(
+        total=args.epochs, initial=state["epoch"] + state["step"] / steps,
+        bar_format="{percentage:3.0f}%|{bar}| {n:.2f}/{total} epochs [{elapsed}<{remaining}{postfix}]",
+        mininterval=0.1 if sys.stderr.isatty() else 30,
+    )
+    with StopRequest() as stop, bar:
+        for epoch in range(state["epoch"], args.epochs):
+            rate = cosine_rate(args.learning_rate, epoch, args.epochs)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            order, draws1, draws2 = draw_epoch(args.seed, epoch, size, steps * batch, image_shape, device)
+            sums = state["sums"].to(device)  # of loss and std
+            start, step = time.perf_counter(), state["step"]
+            model.train()
+
+            # ---- the step: slice, augment, forward, loss, backward, update
+            while step < steps and stop.signal is None:
+                rows = slice(step * batch, (step + 1) * batch)
+                loss, std = train_step(data.train_images[order[rows]], draws1.rows(rows), draws2.rows(rows))
+                sums += torch.stack((loss, std))
+                step += 1
+                bar.update(1 / steps)
+            # ----
+
+            mean_loss, mean_std = (sums / max(step, 1)).tolist()  # the epoch's one synchronisation
+            seconds = state["seconds"] + time.perf_counter() - start
+            if not math.isfinite(mean_loss):
+                where = f"epoch {epoch + 1}: the loss is {mean_loss}; the checkpoint in {folder} is from before"
+                print(f"main.py: error: {where}; lower --learning_rate", file=sys.stderr)
+                return 1
+            if step < steps:
+                state = {"epoch": epoch, "step": step, "sums": sums.cpu(), "seconds": seconds}
+                save_state(folder, state, model, optimizer, scaler, args)
+                tqdm.write(f"stopped in epoch {epoch + 1}; to go on: python main.py --resume {os.path.join(folder, CHECKPOINT)}")
+                return 128 + stop.signal
+
+            done = epoch + 1
+            record = {
+                "epoch": done, "loss": mean_loss, "std": mean_std, "lr": rate, "seconds": round(seconds, 3),
+                "views_per_s": round(2 * steps * batch / seconds, 1),
+            }
+            bar.set_postfix_str(f"loss {mean_loss:.4f}, std {mean_std:.3f}, {record['views_per_s']:,.0f} views/s")
+            if mean_std < COLLAPSE_STD:
+                tqdm.write(
+                    f"warning: epoch {done}: std {mean_std:.4f}: the outputs have all but collapsed (healthy: about 1); "
+                    "see --learning_rate and --batch_size", file=sys.stderr,
+                )
+            if done % args.eval_freq == 0 or done == args.epochs:
+                record["knn1"], record["knn200"] = knn_accuracy(model.backbone, data, precision_context)
+                tqdm.write(
+                    f"epoch {done}: loss {mean_loss:.4f}, std {mean_std:.3f}, "
+                    f"kNN k=1 {record['knn1']:.2f} %, k=200 {record['knn200']:.2f} %"
+                )
+            log.append(folder, record)
+            state = {"epoch": done, "step": 0, "sums": torch.zeros(2), "seconds": 0.0}
+            if done % args.save_freq == 0 or done == args.epochs or stop.signal is not None:
+                save_state(folder, state, model, optimizer, scaler, args)
+                plot.plot_run(folder)
+            if stop.signal is not None and done < args.epochs:
+                tqdm.write(f"stopped after epoch {done}; to go on: python main.py --resume {os.path.join(folder, CHECKPOINT)}")
+                return 128 + stop.signal
+    print(f"done: {os.path.join(folder, 'backbone.pt')}; next: python main_lincls.py --pretrained {os.path.join(folder, 'backbone.pt')} {args.data_root}")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------
+# Before the run: settings, and what is resumed
+
+
+def find_resumed(resume, exp_dir, trial):
+    """The run folder and the state that --resume means; None and None where 'auto' finds nothing yet.
+    Raises ValueError and OSError for a file that cannot be resumed from."""
+    if resume == "auto":
+        folder = newest_run(exp_dir) if trial is None else run_folder(exp_dir, trial)
+        if folder is None or not os.path.isdir(folder):
+            return None, None
+        path = os.path.join(folder, CHECKPOINT)
+        try:
+            state = checkpoint.load(path)
+        except (ValueError, OSError) as error:
+            state = checkpoint.load(checkpoint.previous_path(path))
+            warn(f"{error}; going on from {checkpoint.previous_path(path)}")
+    else:
+        if trial is not None:
+            raise ValueError("--resume PATH goes on in that checkpoint's folder; leave --trial out")
+        path, folder = resume, os.path.dirname(resume) or "."
+        state = checkpoint.load(path)
+    if not (isinstance(state, dict) and {"epoch", "step", "model", "optimizer", "config"} <= state.keys()):
+        raise ValueError(f"{path}: not a checkpoint.pt that main.py wrote")
+    return folder, state
+
+
+def resumed_settings(parser, argv, config):
+    """The settings of a resumed run: the checkpoint's, and what is typed again where it may differ.
+    Raises ValueError for a typed setting that would make it another run."""
+    saved = {name: value for name, value in config.items() if name not in ("gpu", "resume")}
+    args = parser.parse_args(argv, argparse.Namespace(**saved))
+    for name in RECIPE:
+        if getattr(args, name) != saved[name] and not (name == "precision" and args.precision == "auto"):
+            raise ValueError(f"--{name} {getattr(args, name)}: the run to resume has {saved[name]}")
+    args.precision = saved["precision"]
+    return args
+
+
+def main(argv=None):
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    with parser.user_errors():
+        folder, state = find_resumed(args.resume, args.exp_dir, args.trial) if args.resume else (None, None)
+        if state is not None:
+            args = resumed_settings(parser, argv, state["config"])
+        elif args.resume:
+            print(f"nothing to resume in {args.exp_dir}: a new run")
+        device = select_device(args.gpu)
+        args.precision = select_precision(args.precision, device)
+        if args.learning_rate is None:
+            args.learning_rate = LR_PER_256 * args.batch_size / 256
+        data = load_dataset(args.dataset, args.data_root, device, args.train_size, args.test_size)
+        if args.batch_size > len(data.train_images):
+            raise ValueError(f"--batch_size {args.batch_size}: there are {len(data.train_images)} training pictures")
+
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not args.deterministic
+    torch.manual_seed(args.seed)
+    model = SimSiam(getattr(simsiam, args.arch)(args.width), args.dim, args.pred_dim, args.num_proj_layers)
+
+    if state is not None and state["epoch"] >= args.epochs:
+        print(f"{folder}: already done, {args.epochs} epochs")
+        return 0
+    if state is None:
+        with parser.user_errors():
+            folder = new_run_folder(args.exp_dir, args.trial)
+            write_config(folder, vars(args), device)
+    print(f"{folder}: {args.arch}, width {args.width}, {args.dataset}, {len(data.train_images)} pictures, {describe(device)}, {args.precision}")
+    if device.type == "cpu":
+        print("No GPU: two CPU cores train 16 views/s at width 64 and 230 at width 16; --width 16 and --train_size 5000 make it small.")
+    return pretrain(args, device, data, model, folder, state)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

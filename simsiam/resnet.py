@@ -1,0 +1,107 @@
+"""CIFAR ResNets: a 3x3 stem with stride 1, no max-pool and no fc (paper, appendix D).
+
+Module names follow torchvision's ResNet, so state dicts translate by name.
+"""
+import torch.nn.functional as F
+from torch import nn
+
+
+def conv_bn(in_channels, out_channels, kernel_size, stride=1):
+    """A convolution without bias, padded to keep H and W at stride 1, and its batch norm."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
+    return conv, nn.BatchNorm2d(out_channels)
+
+
+def shortcut(in_channels, out_channels, stride):
+    """The projection of a residual block whose output differs in shape from its input, else None."""
+    if stride == 1 and in_channels == out_channels:
+        return None
+    return nn.Sequential(*conv_bn(in_channels, out_channels, 1, stride))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions (ResNet-18 and -34)."""
+
+    expansion = 1
+
+    def __init__(self, in_channels, channels, stride):
+        super().__init__()
+        self.conv1, self.bn1 = conv_bn(in_channels, channels, 3, stride)
+        self.conv2, self.bn2 = conv_bn(channels, channels, 3)
+        self.downsample = shortcut(in_channels, channels, stride)
+
+    def forward(self, x):
+        identity = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = self.bn2(self.conv2(x))
+        return F.relu(x + identity, inplace=True)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions with the stride on the 3x3, as torchvision has it (ResNet-50)."""
+
+    expansion = 4
+
+    def __init__(self, in_channels, channels, stride):
+        super().__init__()
+        out_channels = channels * self.expansion
+        self.conv1, self.bn1 = conv_bn(in_channels, channels, 1)
+        self.conv2, self.bn2 = conv_bn(channels, channels, 3, stride)
+        self.conv3, self.bn3 = conv_bn(channels, out_channels, 1)
+        self.downsample = shortcut(in_channels, out_channels, stride)
+
+    def forward(self, x):
+        identity = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+        x = self.bn3(self.conv3(x))
+        return F.relu(x + identity, inplace=True)
+
+
+class ResNet(nn.Module):
+    """A CIFAR ResNet: normalised images [B, 3, H, W], any H, W >= 8 -> features [B, feature_dim].
+
+    The four stages have width, 2*width, 4*width and 8*width channels at full, half, quarter and
+    eighth resolution; global average pooling ends it. Convolutions start from He's normal
+    distribution (fan out), batch norms from weight 1 and bias 0, as in torchvision.
+    """
+
+    def __init__(self, block, depths, width=64):
+        super().__init__()
+        self.conv1, self.bn1 = conv_bn(3, width, 3)
+        in_channels = width
+        for stage, depth in enumerate(depths):
+            channels = width * 2**stage
+            blocks = []
+            for i in range(depth):
+                stride = 2 if stage > 0 and i == 0 else 1
+                blocks.append(block(in_channels, channels, stride))
+                in_channels = channels * block.expansion
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+        self.feature_dim = in_channels
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)  # [B, width, H, W]
+        x = self.layer1(x)
+        x = self.layer2(x)
+        x = self.layer3(x)
+        x = self.layer4(x)                                 # [B, feature_dim, H/8, W/8]
+        return x.mean(dim=(2, 3))
+
+
+def resnet18(width=64):
+    """ResNet-18 for small images; feature_dim is 8 * width (512), 11,168,832 parameters at width 64."""
+    return ResNet(BasicBlock, (2, 2, 2, 2), width)
+
+
+def resnet34(width=64):
+    """ResNet-34 for small images; feature_dim is 8 * width (512)."""
+    return ResNet(BasicBlock, (3, 4, 6, 3), width)
+
+
+def resnet50(width=64):
+    """ResNet-50 for small images; feature_dim is 32 * width (2048)."""
+    return ResNet(Bottleneck, (3, 4, 6, 3), width)

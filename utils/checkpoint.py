@@ -1,0 +1,86 @@
+"""Checkpoints: written atomically, read without running code from the file."""
+import os
+import pickle
+
+import torch
+
+
+def save(path, state, keep_previous=False):
+    """Write `state` (tensors, plain numbers, strings, lists, dicts) to path: whole or not at all.
+
+    The bytes go to a temporary file in the same folder, reach the disk, and take the name in one
+    step. keep_previous: the file that was there stays as previous_path(path). Raises OSError.
+    """
+    partial = f"{path}.partial"
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except RuntimeError as error:  # what torch makes of a failed write
+        raise OSError(f"{path}: could not be written ({error})") from error
+    if keep_previous and os.path.exists(path):
+        spare = f"{path}.spare"
+        os.link(path, spare)
+        os.replace(spare, previous_path(path))
+    os.replace(partial, path)
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def previous_path(path):
+    """Where save(..., keep_previous=True) leaves the file that it replaces: checkpoint.pt -> checkpoint-previous.pt."""
+    stem, extension = os.path.splitext(path)
+    return f"{stem}-previous{extension}"
+
+
+def load(path):
+    """Read what `save` wrote, onto the CPU. Tensors and plain values only: code in the file does not run.
+
+    Raises FileNotFoundError, and ValueError for a file that is truncated, damaged or holds more than that.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: not a readable checkpoint, truncated or damaged or not plain tensors ({reason})") from error
+
+
+def backbone_state(path):
+    """The backbone's state dict out of a `backbone.pt` or `checkpoint.pt`. Raises as `load` does, and
+    ValueError for a file that holds neither."""
+    state = load(path)
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):
+        prefix = "backbone."
+        state = {name.removeprefix(prefix): value for name, value in state["model"].items() if name.startswith(prefix)}
+    if not isinstance(state, dict) or not isinstance(state.get("conv1.weight"), torch.Tensor):
+        raise ValueError(f"{path}: no backbone in it; a backbone.pt or checkpoint.pt that main.py wrote is needed")
+    return state
+
+
+def load_backbone(backbone, state, path):
+    """Copy a state dict into the backbone, every tensor matched by name and shape.
+
+    path names the file in the message. Raises ValueError that lists what is missing, unexpected or of another shape.
+    """
+    own = backbone.state_dict()
+    shapes = [
+        f"{name} is {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
+        for name in own if name in state and state[name].shape != own[name].shape
+    ]
+    problems = [
+        f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for what, names in (
+            ("missing:", [name for name in own if name not in state]),
+            ("unexpected:", [name for name in state if name not in own]),
+            ("another shape:", shapes),
+        ) if names
+    ]
+    if problems:
+        raise ValueError(f"{path} does not fit the backbone; {'; '.join(problems)}; see --arch and --width")
+    backbone.load_state_dict(state)

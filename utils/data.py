@@ -1,0 +1,81 @@
+"""Data sets as uint8 tensors on the device: CIFAR-10 and -100 through torchvision, and the built-in shapes."""
+import os
+from typing import NamedTuple
+
+import torch
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.utils import check_integrity
+
+from utils import shapes
+
+CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+DATASETS = (*CIFAR, "shapes")
+SHAPES_TRAIN, SHAPES_TEST = 10_000, 2_000  # drawn unless other sizes are asked for
+SHAPES_TRAIN_SEED, SHAPES_TEST_SEED = 0, 1
+
+
+class Dataset(NamedTuple):
+    """Pictures and labels of both splits, on one device."""
+
+    train_images: torch.Tensor  # uint8 [N, 3, H, W]
+    train_labels: torch.Tensor  # int64 [N]
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+    classes: list               # names, in the order of the labels
+
+
+def open_cifar(name, root):
+    """Both splits of CIFAR as torchvision data sets, downloaded if the folder is not there yet."""
+    cifar = CIFAR[name]
+    folder = os.path.join(root, cifar.base_folder)
+    files = [*cifar.train_list, *cifar.test_list, (cifar.meta["filename"], cifar.meta["md5"])]
+    if os.path.lexists(folder):
+        damaged = [file for file, md5 in files if not check_integrity(os.path.join(folder, file), md5)]
+        if damaged:
+            raise ValueError(
+                f"{folder}: missing or damaged: {', '.join(damaged)}; "
+                "remove the folder to have it downloaded again, or point --data_root at a good copy"
+            )
+    try:
+        train = cifar(root, train=True, download=not os.path.lexists(folder))
+    except (OSError, RuntimeError) as error:
+        raise OSError(
+            f"no {cifar.base_folder} in {root}, and the download failed ({error}); "
+            "point --data_root at the folder that has it, or try --dataset shapes"
+        ) from error
+    return train, cifar(root, train=False)
+
+
+def take(images, labels, size, split, device):
+    """The first `size` (None: all) of a split in file order, as tensors on the device."""
+    if size is not None and size > len(images):
+        raise ValueError(f"--{split}_size {size}: the {split} split has {len(images)} pictures")
+    images = torch.from_numpy(images[:size]).permute(0, 3, 1, 2).contiguous()
+    return images.to(device), torch.as_tensor(labels[:size], dtype=torch.int64).to(device)
+
+
+def load_dataset(name, root, device, train_size=None, test_size=None):
+    """Load 'cifar10', 'cifar100' or 'shapes' onto the device.
+
+    root: the folder that has, or gets, `cifar-10-batches-py` or `cifar-100-python`; unused for shapes.
+    train_size, test_size: the first so many pictures in file order; for shapes, how many are drawn.
+    Returns a Dataset. Raises ValueError for an unknown name, damaged files (MD5) and sizes beyond the
+    data set's, OSError where the data cannot be downloaded.
+    """
+    if name == "shapes":
+        splits = (
+            shapes.draw_shapes(train_size or SHAPES_TRAIN, SHAPES_TRAIN_SEED),
+            shapes.draw_shapes(test_size or SHAPES_TEST, SHAPES_TEST_SEED),
+        )
+        classes = list(shapes.CLASSES)
+    elif name in CIFAR:
+        cifar = open_cifar(name, root)
+        splits = [(split.data, split.targets) for split in cifar]
+        classes = cifar[0].classes
+    else:
+        raise ValueError(f"no data set {name!r}; there are {', '.join(DATASETS)}")
+    return Dataset(
+        *take(*splits[0], train_size, "train", device),
+        *take(*splits[1], test_size, "test", device),
+        classes,
+    )

@@ -1,0 +1,74 @@
+"""log.jsonl: one JSON object a line, one line an epoch; and a table of runs from it.
+
+    python -m utils.log FOLDER...        prints the last figures of each run
+"""
+import json
+import os
+import sys
+
+LOG = "log.jsonl"
+
+
+def append(folder, record):
+    """Add one line to the folder's log; a line that a killed run left unfinished is closed first."""
+    path = os.path.join(folder, LOG)
+    torn = False
+    if os.path.exists(path) and os.path.getsize(path):
+        with open(path, "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"
+    with open(path, "a") as file:
+        file.write("\n" * torn + json.dumps(record) + "\n")
+
+
+def read(folder):
+    """The log as a list of dicts, by epoch. An epoch that a resumed run did again counts once, as it was
+    last written; an unfinished line does not count. Raises OSError if there is no log."""
+    records = {}
+    with open(os.path.join(folder, LOG)) as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            records[record["epoch"]] = record
+    return [records[epoch] for epoch in sorted(records)]
+
+
+def last(records, key):
+    """The last value of `key` in the records and its epoch, or None and None."""
+    for record in reversed(records):
+        if key in record:
+            return record[key], record["epoch"]
+    return None, None
+
+
+def summarize(folder):
+    """One line of text on a run of main.py or main_lincls.py."""
+    records = read(folder)
+    name = os.path.basename(os.path.normpath(folder))
+    if any("test_top1" in record for record in records):
+        final, epoch = last(records, "test_top1")
+        return f"{name:24} linear top-1 {final:6.2f} % (epoch {epoch}, the last)"
+    parts = [f"{name:24} epoch {records[-1]['epoch']}"]
+    for key, label, form in (("loss", "loss", ".4f"), ("std", "std", ".3f"), ("knn1", "kNN k=1", ".2f"), ("knn200", "k=200", ".2f")):
+        value, _ = last(records, key)
+        start = next((record[key] for record in records if record["epoch"] == 0 and key in record), None)
+        if value is not None:
+            parts.append(f"{label} {value:{form}}" + (f" (untrained {start:{form}})" if start is not None else ""))
+    return "  ".join(parts)
+
+
+def main(folders):
+    if not folders:
+        sys.exit("usage: python -m utils.log FOLDER...")
+    for folder in folders:
+        try:
+            print(summarize(folder))
+        except OSError as error:
+            print(f"{folder}: {error.strerror}: {error.filename}", file=sys.stderr)
+            sys.exit(2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,88 @@
+"""The folder of a run and what is written there about the run itself."""
+import json
+import os
+import platform
+import subprocess
+import sys
+
+import numpy
+import torch
+import torchvision
+
+from utils.checkpoint import previous_path
+from utils.device import describe
+
+CHECKPOINT = "checkpoint.pt"
+
+
+def new_run_folder(exp_dir, trial=None):
+    """Make exp_dir/trial, or for None the next free number from 1 on; returns the path.
+
+    Raises ValueError if the trial exists or is not a plain folder name, OSError where it cannot be made.
+    """
+    path = None if trial is None else run_folder(exp_dir, trial)
+    try:
+        os.makedirs(exp_dir, exist_ok=True)
+        if path is not None:
+            os.mkdir(path)
+            return path
+        number = 1 + max((int(name) for name in os.listdir(exp_dir) if name.isdecimal()), default=0)
+        while True:
+            path = os.path.join(exp_dir, str(number))
+            try:
+                os.mkdir(path)
+                return path
+            except FileExistsError:  # another run took the number in between
+                number += 1
+    except FileExistsError:
+        if not os.path.isdir(exp_dir):
+            raise OSError(f"--exp_dir {exp_dir}: is not a folder") from None
+        raise ValueError(f"--trial {trial}: {path} exists; take another name, or --resume auto to go on with it") from None
+    except OSError as error:
+        raise OSError(f"no run folder can be made in {exp_dir} ({error.strerror}); take another --exp_dir") from error
+
+
+def run_folder(exp_dir, trial):
+    """The path of a trial. Raises ValueError unless it is a plain folder name."""
+    if trial in ("", ".", "..") or os.path.basename(trial) != trial:
+        raise ValueError(f"--trial {trial!r}: a plain folder name is needed, without slashes")
+    return os.path.join(exp_dir, trial)
+
+
+def newest_run(exp_dir):
+    """The run folder in exp_dir whose checkpoint was written last, or None."""
+    names = os.listdir(exp_dir) if os.path.isdir(exp_dir) else []
+    paths = [os.path.join(exp_dir, name, CHECKPOINT) for name in names]
+    paths = [path for path in paths if os.path.exists(path) or os.path.exists(previous_path(path))]
+    newest = max(paths, key=lambda path: os.path.getmtime(os.path.dirname(path)), default=None)
+    return newest and os.path.dirname(newest)
+
+
+def git_commit():
+    """The commit of the code that runs, '-dirty' after it where tracked files differ, or None outside git."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_config(folder, settings, device):
+    """Write config.json: argv, every setting, git commit, versions and device."""
+    config = {
+        "argv": sys.argv,
+        "settings": settings,
+        "commit": git_commit(),
+        "device": describe(device),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "numpy": numpy.__version__,
+            "cuda": torch.version.cuda if device.type == "cuda" else None,
+        },
+    }
+    with open(os.path.join(folder, "config.json"), "w") as file:
+        json.dump(config, file, indent=2)
+        file.write("\n")
