@@ -25,7 +25,7 @@ def vote(similarities, neighbours, temperature, num_classes):
     """Classes [Q] from similarities and classes of the neighbours, each [Q, k]."""
     # Less the largest, which every query's votes share as a factor: float32 holds any temperature.
     weights = ((similarities - similarities[:, :1]) / temperature).exp()
-    votes = torch.zeros(len(weights), num_classes, device=weights.device)
+    votes = weights.new_zeros(len(weights), num_classes)
     return votes.scatter_add_(1, neighbours, weights).argmax(dim=1)
 
 

@@ -70,7 +70,7 @@ def plot_views(folder, images, views1, views2):
     figure = Figure(figsize=(len(images), 3.2), layout="constrained")
     grid = figure.subplots(3, len(images), squeeze=False)
     for row, (name, batch) in enumerate((("picture", images / 255), ("view 1", to_pixels(views1)), ("view 2", to_pixels(views2)))):
-        for column, pixels in enumerate(batch.permute(0, 2, 3, 1).cpu()):
+        for column, pixels in enumerate(batch.permute(0, 2, 3, 1).cpu().numpy()):
             axes = grid[row, column]
             axes.imshow(pixels)
             axes.set(xticks=[], yticks=[])

@@ -1,18 +1,21 @@
-"""The built-in data set: ten classes of drawn figures in 32x32 color pictures, generated from a seed."""
+"""The built-in data set: ten classes of drawn figures in 32x32 color pictures, generated from a seed.
+
+Two views of a picture share its class, and little else that is easier to learn: every figure of a picture
+has its own rotation, size and polarity, colors are muted, and the figures repeat, so that each crop has some.
+"""
 import math
 
 import numpy as np
 
-CLASSES = ("disc", "ring", "square", "frame", "triangle", "plus", "star", "stripes", "dots", "crescent")
 SIZE = 32
 CHUNK = 1000             # pictures drawn from one random state; part of what a seed means
 
-RADIUS = (8.0, 13.0)     # of the figures, in pixels
-SHIFT = 5.0              # largest distance of a center from the picture's, in pixels, per axis
-TURN = math.pi           # largest rotation to either side, in radians
-CONTRAST = (0.25, 0.45)  # between figure and ground, either of which can be the lighter one
-TINT = 0.05              # largest deviation of a channel from gray, of figure and ground each
-GRADIENT = 0.10          # largest slope of the ground's brightness, from center to edge
+PITCH = (13.0, 17.0)     # from one figure to the next, in pixels
+FILL = (0.38, 0.48)      # a figure's radius over the pitch
+CELLS = 4                # per axis: the grid repeats after so many, more than a picture's side spans
+GROUND = (0.45, 0.55)    # brightness
+CONTRAST = (0.25, 0.35)  # of a figure, which is lighter or darker than the ground
+TINT = 0.03              # largest deviation of a channel from gray
 NOISE = 0.04             # std of the pixels' noise
 
 
@@ -71,32 +74,42 @@ def crescent(u, v):
 
 
 FIGURES = (disc, ring, square, frame, triangle, plus, star, stripes, dots, crescent)
+CLASSES = tuple(figure.__name__ for figure in FIGURES)
 
 
 def draw_chunk(rng):
     """CHUNK pictures: images uint8 [CHUNK, SIZE, SIZE, 3], labels int64 [CHUNK]."""
-    def uniform(low, high, *shape):
-        return rng.uniform(low, high, (CHUNK, *(shape or (1, 1)))).astype(np.float32)
+    def per_picture(low, high, *shape):
+        return rng.uniform(low, high, (CHUNK, *shape)).astype(np.float32)
 
     labels = rng.integers(len(CLASSES), size=CHUNK)
-    radius = uniform(*RADIUS)
-    turn = uniform(-TURN, TURN)
-    center_x, center_y = uniform(-SHIFT, SHIFT), uniform(-SHIFT, SHIFT)
-    y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32) - (SIZE - 1) / 2
-    dx, dy = (x - center_x) / radius, (y - center_y) / radius
-    u = np.cos(turn) * dx + np.sin(turn) * dy
-    v = np.cos(turn) * dy - np.sin(turn) * dx
 
+    # The grid of cells, turned and shifted: s, t run from -0.5 to 0.5 in each cell.
+    pitch, turn = per_picture(*PITCH, 1, 1), per_picture(-math.pi, math.pi, 1, 1)
+    y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
+    s = (np.cos(turn) * x + np.sin(turn) * y) / pitch + per_picture(0, CELLS, 1, 1)
+    t = (np.cos(turn) * y - np.sin(turn) * x) / pitch + per_picture(0, CELLS, 1, 1)
+    column, row = np.floor(s), np.floor(t)
+    s, t = s - column - 0.5, t - row - 0.5
+    cell = (row % CELLS * CELLS + column % CELLS).astype(np.int64)
+    picture = np.arange(CHUNK)[:, None, None]
+
+    def per_cell(low, high, *shape):
+        return per_picture(low, high, CELLS * CELLS, *shape)[picture, cell]
+
+    # A figure in each cell, turned and scaled: u, v run from -1 to 1 over it.
+    turn, fill = per_cell(-math.pi, math.pi), per_cell(*FILL)
+    u = (np.cos(turn) * s + np.sin(turn) * t) / fill
+    v = (np.cos(turn) * t - np.sin(turn) * s) / fill
+    radius = fill * pitch
     cover = np.empty((CHUNK, SIZE, SIZE), np.float32)
     for label, figure in enumerate(FIGURES):
         rows = labels == label
         cover[rows] = np.clip(0.5 - figure(u[rows], v[rows]) * radius[rows], 0, 1)
 
-    contrast = uniform(*CONTRAST) * np.where(uniform(0, 1) < 0.5, -1, 1)
-    ground = uniform(0.4, 0.6) - contrast / 2
-    slope_x, slope_y = uniform(-GRADIENT, GRADIENT), uniform(-GRADIENT, GRADIENT)
-    gray = ground + contrast * cover + (slope_x * x + slope_y * y) / (SIZE / 2)
-    tint = uniform(-TINT, TINT, 1, 1, 3) * cover[..., None] + uniform(-TINT, TINT, 1, 1, 3) * (1 - cover[..., None])
+    contrast = per_picture(*CONTRAST, 1, 1) * np.where(per_cell(0, 1) < 0.5, -1, 1)
+    gray = per_picture(*GROUND, 1, 1) + contrast * cover
+    tint = per_picture(-TINT, TINT, 1, 1, 3)
     noise = NOISE * rng.standard_normal((CHUNK, SIZE, SIZE, 3), np.float32)
     images = gray[..., None] + tint + noise
     return np.clip(np.rint(images * 255), 0, 255).astype(np.uint8), labels

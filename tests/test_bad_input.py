@@ -1,0 +1,142 @@
+"""Wrong values, files and combinations: one line on stderr, exit code 2, nothing written."""
+import os
+import pathlib
+import shutil
+
+import pytest
+import torch
+
+import main as pretraining
+import main_lincls
+from conftest import SMALL
+from utils import checkpoint
+
+
+def tree(folder):
+    return {path: path.stat().st_mtime_ns for path in pathlib.Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """refused(function, args, *words): the call ends with 2 and one line that has the words."""
+    monkeypatch.chdir(tmp_path)
+
+    def check(function, args, *words):
+        before = tree(tmp_path)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            function([str(arg) for arg in args])
+        assert stop.value.code == 2
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1 and line.endswith("\n"), line
+        for word in words:
+            assert str(word) in line, line
+        assert tree(tmp_path) == before
+        assert not any(path.is_dir() and not any(path.iterdir()) for path in tmp_path.rglob("*/experiments/*"))
+
+    return check
+
+
+@pytest.mark.parametrize("args, words", [
+    ("--arch resnet19", ["--arch", "resnet19", "resnet18"]),
+    ("--dataset mnist", ["mnist", "cifar100", "shapes"]),
+    ("--epochs 0", ["--epochs", "'0'", "at least 1"]),
+    ("--epochs 2.5", ["--epochs", "whole number"]),
+    ("--learning_rate -0.1", ["--learning_rate", "-0.1", "at least 0"]),
+    ("--learning_rate nan", ["--learning_rate", "finite"]),
+    ("--weight_decay=-1", ["--weight_decay", "at least 0"]),
+    ("--momentum inf", ["--momentum", "finite"]),
+    ("--batch_size 1", ["--batch_size", "at least 2"]),
+    ("--batch_size 257", ["--batch_size 257", "256 training pictures"]),
+    ("--width 0", ["--width", "at least 1"]),
+    ("--num_proj_layers 4", ["--num_proj_layers", "4"]),
+    ("--precision fp8", ["fp8", "bf16"]),
+    ("--precision fp16", ["fp16", "fp32 or bf16"]),
+    ("--gpu 0", ["--gpu 0", "leave --gpu out"]),
+    ("--gpu -1", ["--gpu -1"]),
+    ("--trial a/b", ["a/b", "plain folder name"]),
+    ("--trial ..", ["plain folder name"]),
+    ("--epoch 3", ["--epoch"]),
+    ("--resume nowhere.pt", ["nowhere.pt", "no such file"]),
+    ("--resume a/checkpoint.pt --trial b", ["leave --trial out"]),
+    ("--exp_dir /dev/null/runs", ["/dev/null/runs", "--exp_dir"]),
+    ("--exp_dir /dev/null", ["/dev/null", "not a folder"]),
+])
+def test_main_refuses(refused, no_gpu, args, words):
+    refused(pretraining.main, [*SMALL, *args.split()], *words)
+
+
+def test_main_refuses_missing_and_damaged_data(refused, no_gpu, tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
+    refused(pretraining.main, ["--data_root", tmp_path / "none"], tmp_path / "none", "--data_root", "--dataset shapes")
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"not a batch")
+    refused(pretraining.main, ["--data_root", tmp_path], "damaged", "data_batch_1")
+
+
+def test_main_refuses_an_existing_trial(refused, no_gpu, run_main):
+    assert run_main("--epochs", 1, "--trial", "mine") == 0
+    refused(pretraining.main, [*SMALL, "--trial", "mine"], "--trial mine", "exists", "--resume")
+
+
+def test_main_refuses_to_resume_what_does_not_fit(refused, no_gpu, finished_run, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    shutil.copy(os.path.join(finished_run, "checkpoint.pt"), path)
+    for args, words in (
+        ("--arch resnet34", ["--arch resnet34", "resnet18"]),
+        ("--width 8", ["--width 8", "has 4"]),
+        ("--epochs 3", ["--epochs 3", "has 2"]),
+        ("--seed 1", ["--seed 1", "has 0"]),
+    ):
+        refused(pretraining.main, ["--resume", path, *args.split()], *words)
+    shutil.copy(os.path.join(finished_run, "backbone.pt"), tmp_path / "backbone.pt")
+    refused(pretraining.main, ["--resume", tmp_path / "backbone.pt"], "backbone.pt", "not a checkpoint.pt")
+
+
+@pytest.mark.parametrize("size", [0, 1000, -100])
+def test_both_refuse_a_truncated_checkpoint(refused, no_gpu, finished_run, tmp_path, size):
+    whole = pathlib.Path(finished_run, "checkpoint.pt").read_bytes()
+    (tmp_path / "checkpoint.pt").write_bytes(whole[:size])
+    refused(pretraining.main, ["--resume", tmp_path / "checkpoint.pt"], "checkpoint.pt", "truncated or damaged")
+    refused(main_lincls.main, ["--pretrained", tmp_path / "checkpoint.pt", "--dataset", "shapes"], "checkpoint.pt", "truncated or damaged")
+
+
+class Mark:
+    """Unpickling this creates a file: what a hostile checkpoint would do."""
+
+    def __reduce__(self):
+        return os.mkdir, ("mark",)
+
+
+def test_code_in_a_checkpoint_does_not_run(refused, no_gpu, tmp_path):
+    torch.save({"model": Mark()}, tmp_path / "hostile.pt")
+    refused(pretraining.main, ["--resume", tmp_path / "hostile.pt"], "hostile.pt")
+    refused(main_lincls.main, ["--pretrained", tmp_path / "hostile.pt", "--dataset", "shapes"], "hostile.pt")
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("args, words", [
+    ("", ["--pretrained"]),
+    ("--pretrained nowhere.pt", ["nowhere.pt", "no such file"]),
+    ("--pretrained {run}", ["no such file"]),
+    ("--pretrained {run}/config.json", ["config.json", "damaged"]),
+    ("--pretrained {run}/backbone.pt --arch resnet34", ["backbone.pt", "missing: layer1.2.conv1.weight"]),
+    ("--pretrained {run}/backbone.pt --arch resnet50", ["another shape"]),
+    ("--pretrained {run}/backbone.pt --width 8", ["another shape: conv1.weight is (4, 3, 3, 3), not (8, 3, 3, 3)"]),
+    ("--pretrained {run}/backbone.pt --num_cls 7", ["--num_cls 7", "10 classes"]),
+    ("--pretrained {run}/backbone.pt --lr -1", ["--lr", "at least 0"]),
+    ("--pretrained {run}/backbone.pt --epochs 0", ["--epochs"]),
+    ("--pretrained {run}/backbone.pt --features fast", ["fast", "cached"]),
+    ("--pretrained {run}/backbone.pt --gpu 0", ["--gpu 0"]),
+    ("--pretrained {run}/backbone.pt --train_size 0", ["--train_size"]),
+])
+def test_main_lincls_refuses(refused, no_gpu, finished_run, args, words):
+    refused(main_lincls.main, ["--dataset", "shapes", *args.format(run=finished_run).split()], *words)
+
+
+def test_main_lincls_refuses_a_classifier(refused, no_gpu, tmp_path):
+    checkpoint.save(str(tmp_path / "classifier.pt"), torch.nn.Linear(4, 10).state_dict())
+    refused(main_lincls.main, ["--pretrained", tmp_path / "classifier.pt", "--dataset", "shapes"], "no backbone")

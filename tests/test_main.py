@@ -1,0 +1,159 @@
+"""main.py end to end: its run folder, exact resume, and stopping."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import simsiam
+from conftest import REPO, SMALL
+from utils import checkpoint, log
+
+FIGURES = ("loss", "std", "lr", "knn1", "knn200")
+
+
+def figures(folder):
+    """What the log says apart from times."""
+    return [{key: record[key] for key in FIGURES if key in record} for record in log.read(folder)]
+
+
+def assert_same_state(first, second):
+    first, second = (checkpoint.load(os.path.join(folder, "checkpoint.pt")) for folder in (first, second))
+    assert first["epoch"] == second["epoch"] and first["step"] == second["step"]
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name]), name
+    momenta = [
+        [entry["momentum_buffer"] for entry in state["optimizer"]["state"].values()] for state in (first, second)
+    ]
+    assert len(momenta[0]) > 10 and all(torch.equal(a, b) for a, b in zip(*momenta, strict=True))
+
+
+def test_the_run_folder_is_complete(finished_run):
+    assert sorted(os.listdir(finished_run)) == [
+        "backbone.pt", "checkpoint.pt", "config.json", "log.jsonl", "loss-plot.png", "top1-acc.png", "views.png",
+    ]
+    records = log.read(finished_run)
+    assert [record["epoch"] for record in records] == [1, 2]
+    for record in records:
+        assert -1 <= record["loss"] <= 1 and 0.1 < record["std"] < 1.2
+        assert 0 < record["seconds"] and 0 < record["views_per_s"]
+        assert 0 <= record["knn1"] <= 100 and 0 <= record["knn200"] <= 100
+    assert records[0]["lr"] == pytest.approx(0.03 * 32 / 256)  # the rate follows the batch
+    with open(os.path.join(finished_run, "config.json")) as file:
+        config = json.load(file)
+    assert config["settings"]["seed"] == 0 and config["versions"]["torch"] == torch.__version__
+    for name in ("loss-plot.png", "top1-acc.png", "views.png"):
+        with open(os.path.join(finished_run, name), "rb") as file:
+            assert file.read(4) == b"\x89PNG"
+
+
+def test_the_backbone_file_is_the_trained_backbone(finished_run):
+    backbone = simsiam.resnet18(4)
+    state = torch.load(os.path.join(finished_run, "backbone.pt"), weights_only=True)
+    backbone.load_state_dict(state)
+    trained = checkpoint.load(os.path.join(finished_run, "checkpoint.pt"))["model"]
+    assert all(torch.equal(value, trained[f"backbone.{name}"]) for name, value in state.items())
+    torch.manual_seed(0)
+    assert not torch.equal(simsiam.resnet18(4).conv1.weight, state["conv1.weight"])
+
+
+def test_two_epochs_equal_one_and_a_resumed_one(run_main, no_gpu):
+    """Bit for bit: weights, batch norm buffers, momenta, and the log."""
+    settings = ("--epochs", 2, "--eval_freq", 1, "--save_freq", 1)
+    assert run_main(*settings, "--trial", "whole") == 0
+    # As after a kill: the checkpoint is the first epoch's, the log already has a line of the second.
+    assert run_main(*settings, "--trial", "halves") == 0
+    os.replace("experiments/halves/checkpoint-previous.pt", "experiments/halves/checkpoint.pt")
+    assert checkpoint.load("experiments/halves/checkpoint.pt")["epoch"] == 1
+    with open("experiments/halves/log.jsonl", "a") as file:
+        file.write('{"epoch": 2, "lo')
+    assert run_main("--resume", "auto", "--trial", "halves") == 0
+    assert_same_state("experiments/whole", "experiments/halves")
+    assert len(log.read("experiments/halves")) == 2
+    assert figures("experiments/whole") == figures("experiments/halves")
+
+
+def test_seeds_differ_and_repeat(run_main, no_gpu):
+    for trial, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert run_main("--epochs", 1, "--trial", trial, "--seed", seed) == 0
+    assert figures("experiments/a") == figures("experiments/b") != figures("experiments/c")
+
+
+def test_resume_auto_takes_the_newest_and_says_when_it_is_done(run_main, capsys):
+    for trial in ("older", "newer"):
+        assert run_main("--epochs", 1, "--trial", trial) == 0
+    before = log.read("experiments/newer")
+    assert run_main("--resume", "auto") == 0
+    assert "experiments/newer: already done, 1 epochs" in capsys.readouterr().out
+    assert log.read("experiments/newer") == before
+
+
+def test_resume_auto_starts_where_nothing_is_there(run_main, capsys):
+    assert run_main("--epochs", 1, "--trial", "first", "--resume", "auto") == 0
+    assert "nothing to resume" in capsys.readouterr().out
+    assert len(log.read("experiments/first")) == 1
+
+
+def test_resume_falls_back_to_the_previous_checkpoint(run_main, no_gpu, capsys):
+    settings = ("--epochs", 2, "--save_freq", 1)
+    run_main(*settings, "--trial", "whole")
+    run_main(*settings, "--trial", "damaged")
+    with open("experiments/damaged/checkpoint.pt", "r+b") as file:
+        file.truncate(5000)
+    assert run_main("--resume", "auto", "--trial", "damaged") == 0
+    assert "checkpoint-previous.pt" in capsys.readouterr().err
+    assert_same_state("experiments/whole", "experiments/damaged")
+
+
+def test_unnamed_runs_are_numbered(run_main):
+    for _ in range(2):
+        run_main("--epochs", 1)
+    assert sorted(os.listdir("experiments")) == ["1", "2"]
+
+
+def test_the_untrained_network_is_measured_on_request(run_main):
+    assert run_main("--epochs", 1, "--untrained", "--trial", "run") == 0
+    records = log.read("experiments/run")
+    assert records[0].keys() == {"epoch", "knn1", "knn200"} and records[0]["epoch"] == 0
+    torch.manual_seed(0)
+    untrained = torch.load("experiments/run/untrained.pt", weights_only=True)
+    assert torch.equal(untrained["conv1.weight"], simsiam.resnet18(4).conv1.weight)
+
+
+def test_collapse_is_warned_of(run_main, monkeypatch, capsys):
+    monkeypatch.setattr("main.feature_std", lambda z: 0.01 * z.std())
+    run_main("--epochs", 1)
+    assert "collapsed" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(run_main, capsys):
+    assert run_main("--epochs", 3, "--learning_rate", 1e30, "--trial", "run", "--save_freq", 1) == 1
+    assert "the loss is nan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_goes_on_exactly(run_main, no_gpu, tmp_path, number):
+    """The script, stopped inside an epoch by Ctrl-C or SIGTERM and resumed, ends as if it had not been."""
+    settings = ("--epochs", "6", "--save_freq", "100", "--eval_freq", "100")
+    command = [sys.executable, str(REPO / "main.py"), *SMALL, *settings, "--exp_dir", str(tmp_path), "--trial", "stopped"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "stopped" / "log.jsonl").exists():
+        time.sleep(0.02)
+        assert process.poll() is None
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    stopped = checkpoint.load(str(tmp_path / "stopped" / "checkpoint.pt"))
+    assert 1 <= stopped["epoch"] < 6
+    hint = output.split("to go on: python main.py ")[1].split()
+    assert hint == ["--resume", str(tmp_path / "stopped" / "checkpoint.pt")]
+
+    assert run_main(*hint) == 0
+    assert run_main(*settings, "--exp_dir", tmp_path, "--trial", "whole") == 0
+    assert_same_state(tmp_path / "whole", tmp_path / "stopped")
+    assert figures(tmp_path / "whole") == figures(tmp_path / "stopped")
