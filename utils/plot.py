@@ -6,6 +6,7 @@ import os
 import sys
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from utils import log
 from utils.augment import MEAN, STD
@@ -23,6 +24,7 @@ def curve(axes, records, key, label, color, **style):
 
 def finish(figure, axes, folder, name, ylabel):
     axes.set_xlabel("epochs")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(ylabel)
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
