@@ -10,32 +10,25 @@ A small run for a laptop without a GPU, on real CIFAR-10 and on the built-in sha
 import argparse
 import math
 import os
+import shlex
 import sys
 import time
 
 import torch
 from tqdm import tqdm
 
-import simsiam
-from simsiam import SimSiam, feature_std, simsiam_loss
+from simsiam import ARCHS, SimSiam, feature_std, simsiam_loss
 from utils import checkpoint, log, plot
-from utils.augment import apply_views, draw_views
-from utils.cli import Parser, real_number, warn, whole_number
+from utils.augment import apply_views, draw_views, epoch_generator
+from utils.cli import Parser, real_number, whole_number
 from utils.data import DATASETS, load_dataset
 from utils.device import autocast, describe, select_device, select_precision
 from utils.knn import knn_accuracy
-from utils.run import CHECKPOINT, new_run_folder, newest_run, run_folder, write_config
+from utils.run import CHECKPOINT, find_resumed, new_run_folder, resumed_settings, write_config
 from utils.stop import StopRequest
 
-ARCHS = ("resnet18", "resnet34", "resnet50")
 LR_PER_256 = 0.03    # the paper's rate for a batch of 256; it scales linearly (appendix D)
 COLLAPSE_STD = 0.1   # below this, feature_std (healthy: about 1) means that the outputs are all but equal
-
-# What a resumed run has to share with its checkpoint to go on as the same run.
-RECIPE = (
-    "dataset", "train_size", "test_size", "arch", "width", "dim", "pred_dim", "num_proj_layers",
-    "epochs", "batch_size", "learning_rate", "momentum", "weight_decay", "seed", "precision",
-)
 
 
 def make_parser():
@@ -120,7 +113,7 @@ def cosine_rate(rate, epoch, epochs):
 def draw_epoch(seed, epoch, size, count, image_shape, device):
     """Everything random in an epoch, a function of (seed, epoch): `count` of `size` picture numbers in
     random order, int64 [count], and the Draws of both views of each."""
-    generator = torch.Generator(device).manual_seed(seed * 1_000_003 + epoch)
+    generator = epoch_generator(seed, epoch, device)
     order = torch.randperm(size, generator=generator, device=device)[:count]
     return order, draw_views(count, generator, *image_shape), draw_views(count, generator, *image_shape)
 
@@ -168,6 +161,8 @@ def pretrain(args, device, data, model, folder, state):
 
     if state is None:
         state = {"epoch": 0, "step": 0, "sums": torch.zeros(2), "seconds": 0.0}
+        save_state(folder, state, model, optimizer, scaler, args)
+    if state["epoch"] == state["step"] == 0:
         order, *draws = draw_epoch(args.seed, 0, size, steps * batch, image_shape, device)
         shown = slice(0, 8)
         pictures = data.train_images[order[shown]]
@@ -189,8 +184,8 @@ def pretrain(args, device, data, model, folder, state):
             for group in optimizer.param_groups:
                 group["lr"] = rate
             order, draws1, draws2 = draw_epoch(args.seed, epoch, size, steps * batch, image_shape, device)
-            sums = state["sums"].to(device)  # of loss and std
-            start, step = time.perf_counter(), state["step"]
+            sums, step = state["sums"].to(device), state["step"]  # the sums are of loss and std
+            start = time.perf_counter()
             model.train()
 
             # ---- the step: slice, augment, forward, loss, backward, update
@@ -202,84 +197,50 @@ def pretrain(args, device, data, model, folder, state):
                 bar.update(1 / steps)
             # ----
 
-            mean_loss, mean_std = (sums / max(step, 1)).tolist()  # the epoch's one synchronisation
+            mean_loss, mean_std = (sums / max(step, 1)).tolist()  # the epoch's one synchronization
             seconds = state["seconds"] + time.perf_counter() - start
             if not math.isfinite(mean_loss):
-                where = f"epoch {epoch + 1}: the loss is {mean_loss}; the checkpoint in {folder} is from before"
+                where = f"epoch {epoch + 1}: the loss is {mean_loss}; {os.path.join(folder, CHECKPOINT)} is from before"
                 print(f"main.py: error: {where}; lower --learning_rate", file=sys.stderr)
                 return 1
-            if step < steps:
-                state = {"epoch": epoch, "step": step, "sums": sums.cpu(), "seconds": seconds}
-                save_state(folder, state, model, optimizer, scaler, args)
-                tqdm.write(f"stopped in epoch {epoch + 1}; to go on: python main.py --resume {os.path.join(folder, CHECKPOINT)}")
-                return 128 + stop.signal
 
-            done = epoch + 1
-            record = {
-                "epoch": done, "loss": mean_loss, "std": mean_std, "lr": rate, "seconds": round(seconds, 3),
-                "views_per_s": round(2 * steps * batch / seconds, 1),
-            }
-            bar.set_postfix_str(f"loss {mean_loss:.4f}, std {mean_std:.3f}, {record['views_per_s']:,.0f} views/s")
-            if mean_std < COLLAPSE_STD:
-                tqdm.write(
-                    f"warning: epoch {done}: std {mean_std:.4f}: the outputs have all but collapsed (healthy: about 1); "
-                    "see --learning_rate and --batch_size", file=sys.stderr,
-                )
-            if done % args.eval_freq == 0 or done == args.epochs:
-                record["knn1"], record["knn200"] = knn_accuracy(model.backbone, data, precision_context)
-                tqdm.write(
-                    f"epoch {done}: loss {mean_loss:.4f}, std {mean_std:.3f}, "
-                    f"kNN k=1 {record['knn1']:.2f} %, k=200 {record['knn200']:.2f} %"
-                )
-            log.append(folder, record)
-            state = {"epoch": done, "step": 0, "sums": torch.zeros(2), "seconds": 0.0}
-            if done % args.save_freq == 0 or done == args.epochs or stop.signal is not None:
+            if step < steps:  # stopped inside the epoch
+                state = {"epoch": epoch, "step": step, "sums": sums.cpu(), "seconds": seconds}
+            else:
+                state = {"epoch": epoch + 1, "step": 0, "sums": torch.zeros(2), "seconds": 0.0}
+                speed = 2 * steps * batch / seconds
+                record = {
+                    "epoch": epoch + 1, "loss": mean_loss, "std": mean_std, "lr": rate,
+                    "seconds": round(seconds, 3), "views_per_s": round(speed, 1),
+                }
+                bar.set_postfix_str(f"loss {mean_loss:.4f}, std {mean_std:.3f}, {speed:,.0f} views/s")
+                if mean_std < COLLAPSE_STD:
+                    tqdm.write(
+                        f"warning: epoch {epoch + 1}: std {mean_std:.4f}: the outputs have all but collapsed "
+                        "(healthy: about 1); see --learning_rate and --batch_size", file=sys.stderr,
+                    )
+                if (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs:
+                    record["knn1"], record["knn200"] = knn_accuracy(model.backbone, data, precision_context)
+                    tqdm.write(
+                        f"epoch {epoch + 1}: loss {mean_loss:.4f}, std {mean_std:.3f}, "
+                        f"kNN k=1 {record['knn1']:.2f} %, k=200 {record['knn200']:.2f} %"
+                    )
+                log.append(folder, record)
+
+            finished = state["epoch"] == args.epochs
+            if stop.signal is not None or finished or state["epoch"] % args.save_freq == 0:
                 save_state(folder, state, model, optimizer, scaler, args)
-                plot.plot_run(folder)
-            if stop.signal is not None and done < args.epochs:
-                tqdm.write(f"stopped after epoch {done}; to go on: python main.py --resume {os.path.join(folder, CHECKPOINT)}")
+                if state["epoch"] > 0:
+                    plot.plot_run(folder)
+            if stop.signal is not None and not finished:
+                path = shlex.quote(os.path.join(folder, CHECKPOINT))
+                tqdm.write(f"stopped in epoch {epoch + 1}; to go on: python main.py --resume {path}")
                 return 128 + stop.signal
-    print(f"done: {os.path.join(folder, 'backbone.pt')}; next: python main_lincls.py --pretrained {os.path.join(folder, 'backbone.pt')} {args.data_root}")
     return 0
 
 
 # ---------------------------------------------------------------------------------------------------
-# Before the run: settings, and what is resumed
-
-
-def find_resumed(resume, exp_dir, trial):
-    """The run folder and the state that --resume means; None and None where 'auto' finds nothing yet.
-    Raises ValueError and OSError for a file that cannot be resumed from."""
-    if resume == "auto":
-        folder = newest_run(exp_dir) if trial is None else run_folder(exp_dir, trial)
-        if folder is None or not os.path.isdir(folder):
-            return None, None
-        path = os.path.join(folder, CHECKPOINT)
-        try:
-            state = checkpoint.load(path)
-        except (ValueError, OSError) as error:
-            state = checkpoint.load(checkpoint.previous_path(path))
-            warn(f"{error}; going on from {checkpoint.previous_path(path)}")
-    else:
-        if trial is not None:
-            raise ValueError("--resume PATH goes on in that checkpoint's folder; leave --trial out")
-        path, folder = resume, os.path.dirname(resume) or "."
-        state = checkpoint.load(path)
-    if not (isinstance(state, dict) and {"epoch", "step", "model", "optimizer", "config"} <= state.keys()):
-        raise ValueError(f"{path}: not a checkpoint.pt that main.py wrote")
-    return folder, state
-
-
-def resumed_settings(parser, argv, config):
-    """The settings of a resumed run: the checkpoint's, and what is typed again where it may differ.
-    Raises ValueError for a typed setting that would make it another run."""
-    saved = {name: value for name, value in config.items() if name not in ("gpu", "resume")}
-    args = parser.parse_args(argv, argparse.Namespace(**saved))
-    for name in RECIPE:
-        if getattr(args, name) != saved[name] and not (name == "precision" and args.precision == "auto"):
-            raise ValueError(f"--{name} {getattr(args, name)}: the run to resume has {saved[name]}")
-    args.precision = saved["precision"]
-    return args
+# From the command line to the run
 
 
 def main(argv=None):
@@ -304,7 +265,7 @@ def main(argv=None):
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not args.deterministic
     torch.manual_seed(args.seed)
-    model = SimSiam(getattr(simsiam, args.arch)(args.width), args.dim, args.pred_dim, args.num_proj_layers)
+    model = SimSiam(ARCHS[args.arch](args.width), args.dim, args.pred_dim, args.num_proj_layers)
 
     if state is not None and state["epoch"] >= args.epochs:
         print(f"{folder}: already done, {args.epochs} epochs")
@@ -316,7 +277,10 @@ def main(argv=None):
     print(f"{folder}: {args.arch}, width {args.width}, {args.dataset}, {len(data.train_images)} pictures, {describe(device)}, {args.precision}")
     if device.type == "cpu":
         print("No GPU: two CPU cores train 16 views/s at width 64 and 230 at width 16; --width 16 and --train_size 5000 make it small.")
-    return pretrain(args, device, data, model, folder, state)
+    code = pretrain(args, device, data, model, folder, state)
+    if code == 0:
+        print(f"done; next: python main_lincls.py --pretrained {shlex.quote(os.path.join(folder, 'backbone.pt'))} {shlex.quote(args.data_root)}")
+    return code
 
 
 if __name__ == "__main__":

@@ -18,16 +18,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import simsiam
+from simsiam import ARCHS
 from utils import checkpoint, log, plot
-from utils.augment import crop_flip, draw_views, normalize
+from utils.augment import crop_flip, draw_views, epoch_generator, normalize
 from utils.cli import Parser, real_number, whole_number
 from utils.data import DATASETS, load_dataset
 from utils.device import autocast, describe, select_device, select_precision
 from utils.features import extract_features
 from utils.run import new_run_folder, write_config
 
-ARCHS = ("resnet18", "resnet34", "resnet50")
 LR_PER_256 = 30.0            # the rate for a batch of 256; it scales linearly
 MILESTONES = (0.6, 0.8)      # shares of the epochs after which the rate falls to a tenth: 60 and 80 of 100
 CROP_SCALE = (0.08, 1.0)     # torchvision's default for RandomResizedCrop
@@ -61,7 +60,7 @@ def build_backbone(arch, width, path):
     """The backbone with the weights of a file, frozen and in evaluation mode. width None: the file's.
     Raises ValueError and OSError for a file that is missing, damaged or does not fit."""
     state = checkpoint.backbone_state(path)
-    backbone = getattr(simsiam, arch)(len(state["conv1.weight"]) if width is None else width)
+    backbone = ARCHS[arch](len(state["conv1.weight"]) if width is None else width)
     checkpoint.load_backbone(backbone, state, path)
     return backbone.requires_grad_(False).eval()
 
@@ -109,7 +108,7 @@ def evaluate(args, device, data, backbone, folder):
         rate = stepped_rate(args.lr, epoch, args.epochs)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + epoch)
+        generator = epoch_generator(args.seed, epoch, device)
         order = torch.randperm(size, generator=generator, device=device)
         draws = draw_views(size, generator, *image_shape, scale=CROP_SCALE)
         sums = torch.zeros(2, device=device)  # of the loss and the right answers, over pictures

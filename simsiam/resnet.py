@@ -105,3 +105,6 @@ def resnet34(width=64):
 def resnet50(width=64):
     """ResNet-50 for small images; feature_dim is 32 * width (2048)."""
     return ResNet(Bottleneck, (3, 4, 6, 3), width)
+
+
+ARCHS = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50}

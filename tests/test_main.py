@@ -34,7 +34,7 @@ def assert_same_state(first, second):
 
 def test_the_run_folder_is_complete(finished_run):
     assert sorted(os.listdir(finished_run)) == [
-        "backbone.pt", "checkpoint.pt", "config.json", "log.jsonl", "loss-plot.png", "top1-acc.png", "views.png",
+        "backbone.pt", "checkpoint-previous.pt", "checkpoint.pt", "config.json", "log.jsonl", "loss-plot.png", "top1-acc.png", "views.png",
     ]
     records = log.read(finished_run)
     assert [record["epoch"] for record in records] == [1, 2]

@@ -49,6 +49,11 @@ def uniform(low, high, shape, generator):
     return low + (high - low) * torch.rand(shape, generator=generator, device=generator.device)
 
 
+def epoch_generator(seed, epoch, device):
+    """The generator from which everything random in an epoch comes."""
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + epoch)
+
+
 def draw_crops(n, generator, height, width, scale):
     """Crops as torchvision's RandomResizedCrop.get_params draws them: the first of ten attempts that
     fits the picture, else the central crop of the nearest allowed ratio."""
@@ -84,13 +89,13 @@ def draw_views(n, generator, height=SIZE, width=SIZE, scale=SCALE):
         return uniform(0, 1, (n,), generator) < p
 
     strength = torch.tensor(JITTER, device=generator.device)
-    centre = torch.tensor((1.0, 1.0, 1.0, 0.0), device=generator.device)
+    center = torch.tensor((1.0, 1.0, 1.0, 0.0), device=generator.device)
     return Draws(
         top, left, h, w,
         flip=coin(FLIP_P),
         jitter=coin(JITTER_P),
         order=uniform(0, 1, (n, 4), generator).argsort(dim=1),
-        factors=centre + strength * uniform(-1, 1, (n, 4), generator),
+        factors=center + strength * uniform(-1, 1, (n, 4), generator),
         gray=coin(GRAY_P),
     )
 
@@ -99,9 +104,8 @@ def normalize(images):
     """Pictures without augmentation: uint8 [B, 3, H, W] or float in [0, 1] -> float32, by MEAN and STD."""
     if images.dtype == torch.uint8:
         images = images / 255
-    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
-    return (images - mean) / std
+    # Plain numbers, channel by channel: tensors of them would be copied to the device in every step.
+    return torch.cat([(images[:, i:i + 1] - MEAN[i]) / STD[i] for i in range(3)], dim=1)
 
 
 def resampling_weights(start, length, size_in, flip=None):
@@ -115,9 +119,9 @@ def resampling_weights(start, length, size_in, flip=None):
         out = torch.where(flip[:, None], SIZE - 1 - out, out)
     start, length = start[:, None, None], length[:, None, None]
     scale = length / SIZE
-    centre = start + (out[:, :, None] + 0.5) * scale                      # [B, SIZE, 1]
+    center = start + (out[:, :, None] + 0.5) * scale                      # [B, SIZE, 1]
     pixel = torch.arange(size_in, device=start.device) + 0.5              # [size_in]
-    weight = (1 - (pixel - centre).abs() / scale.clamp(min=1)).clamp(min=0)
+    weight = (1 - (pixel - center).abs() / scale.clamp(min=1)).clamp(min=0)
     weight = weight * ((pixel > start) & (pixel < start + length))
     return weight / weight.sum(dim=2, keepdim=True)
 
@@ -160,7 +164,7 @@ def shift_hue(x, turns):
         value == r, (g - b) * scale,
         torch.where(value == g, 2 + (b - r) * scale, 4 + (r - g) * scale),
     )
-    n = torch.tensor((5.0, 3.0, 1.0), device=x.device).view(1, 3, 1, 1)
+    n = torch.arange(5, 0, -2, device=x.device).view(1, 3, 1, 1)
     k = torch.remainder(n + (sextant + 6 * turns), 6)
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
@@ -175,7 +179,8 @@ def color_jitter(x, draws):
     def per_image(values):
         return values.to(x.dtype).view(-1, 1, 1, 1)
 
-    factors = torch.where(draws.jitter[:, None], draws.factors, draws.factors.new_tensor((1.0, 1.0, 1.0, 0.0)))
+    neutral = (torch.arange(4, device=x.device) != HUE).to(x.dtype)              # a factor of 1, a shift of 0
+    factors = torch.where(draws.jitter[:, None], draws.factors, neutral)
     hue_at = (draws.order == HUE).int().argmax(dim=1)                            # [B]
     for after_hue in (False, True):
         if after_hue:

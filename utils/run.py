@@ -1,4 +1,5 @@
 """The folder of a run and what is written there about the run itself."""
+import argparse
 import json
 import os
 import platform
@@ -9,10 +10,17 @@ import numpy
 import torch
 import torchvision
 
-from utils.checkpoint import previous_path
+from utils import checkpoint
+from utils.cli import warn
 from utils.device import describe
 
 CHECKPOINT = "checkpoint.pt"
+
+# What a resumed run has to share with its checkpoint to go on as the same run.
+RECIPE = (
+    "dataset", "train_size", "test_size", "arch", "width", "dim", "pred_dim", "num_proj_layers",
+    "epochs", "batch_size", "learning_rate", "momentum", "weight_decay", "seed", "precision",
+)
 
 
 def new_run_folder(exp_dir, trial=None):
@@ -53,9 +61,48 @@ def newest_run(exp_dir):
     """The run folder in exp_dir whose checkpoint was written last, or None."""
     names = os.listdir(exp_dir) if os.path.isdir(exp_dir) else []
     paths = [os.path.join(exp_dir, name, CHECKPOINT) for name in names]
-    paths = [path for path in paths if os.path.exists(path) or os.path.exists(previous_path(path))]
+    paths = [path for path in paths if os.path.exists(path) or os.path.exists(checkpoint.previous_path(path))]
     newest = max(paths, key=lambda path: os.path.getmtime(os.path.dirname(path)), default=None)
     return newest and os.path.dirname(newest)
+
+
+def find_resumed(resume, exp_dir, trial):
+    """The run folder and the checkpoint's state that --resume means: a path, or 'auto' for the trial named,
+    else the newest run. None and None where 'auto' finds no run. A checkpoint that 'auto' cannot read is
+    replaced by the one before it, with a warning. Raises ValueError and OSError for what cannot be resumed."""
+    if resume == "auto":
+        folder = newest_run(exp_dir) if trial is None else run_folder(exp_dir, trial)
+        if folder is None or not os.path.lexists(folder):
+            return None, None
+        path = os.path.join(folder, CHECKPOINT)
+        try:
+            state = checkpoint.load(path)
+        except (ValueError, OSError) as error:
+            path = checkpoint.previous_path(path)
+            if not os.path.exists(path):
+                raise
+            state = checkpoint.load(path)
+            warn(f"{error}; going on from {path}")
+    else:
+        if trial is not None:
+            raise ValueError("--resume PATH goes on in that checkpoint's folder; leave --trial out")
+        path, folder = resume, os.path.dirname(resume) or "."
+        state = checkpoint.load(path)
+    if not (isinstance(state, dict) and {"epoch", "step", "model", "optimizer", "config"} <= state.keys()):
+        raise ValueError(f"{path}: not a checkpoint.pt that main.py wrote")
+    return folder, state
+
+
+def resumed_settings(parser, argv, config):
+    """The settings of a resumed run: the checkpoint's, and what is typed again where it may differ.
+    Raises ValueError for a typed setting that would make it another run."""
+    saved = {name: value for name, value in config.items() if name not in ("gpu", "resume")}
+    args = parser.parse_args(argv, argparse.Namespace(**saved))
+    for name in RECIPE:
+        if getattr(args, name) != saved.get(name) and not (name == "precision" and args.precision == "auto"):
+            raise ValueError(f"--{name} {getattr(args, name)}: the run to resume has {saved.get(name)}")
+    args.precision = saved["precision"]
+    return args
 
 
 def git_commit():

@@ -1,7 +1,8 @@
 """The built-in data set: ten classes of drawn figures in 32x32 color pictures, generated from a seed.
 
-Two views of a picture share its class, and little else that is easier to learn: every figure of a picture
-has its own rotation, size and polarity, colors are muted, and the figures repeat, so that each crop has some.
+All that two views of a picture should share is its class: a color, a brightness or a background of its own
+would be learned instead. So all pictures have the same muted colors, every figure its own rotation and size,
+light and dark figures alternate, and the figures repeat, so that each crop has some.
 """
 import math
 
@@ -10,13 +11,12 @@ import numpy as np
 SIZE = 32
 CHUNK = 1000             # pictures drawn from one random state; part of what a seed means
 
-PITCH = (13.0, 17.0)     # from one figure to the next, in pixels
-FILL = (0.38, 0.48)      # a figure's radius over the pitch
-CELLS = 4                # per axis: the grid repeats after so many, more than a picture's side spans
-GROUND = (0.45, 0.55)    # brightness
-CONTRAST = (0.25, 0.35)  # of a figure, which is lighter or darker than the ground
-TINT = 0.03              # largest deviation of a channel from gray
-NOISE = 0.04             # std of the pixels' noise
+PITCH = (13.0, 17.0)          # from one figure to the next, in pixels
+FILL = (0.38, 0.48)             # a figure's radius over the pitch
+CELLS = 4                       # per axis: the grid repeats after so many, more than a picture's side spans
+GROUND = (0.5, 0.5, 0.5)
+CONTRAST = (0.36, 0.3, 0.24)  # between a figure, lighter or darker, and the ground
+NOISE = 0.04                    # std of the pixels' noise
 
 
 def box(u, v, half_width, half_height):
@@ -94,8 +94,8 @@ def draw_chunk(rng):
     cell = (row % CELLS * CELLS + column % CELLS).astype(np.int64)
     picture = np.arange(CHUNK)[:, None, None]
 
-    def per_cell(low, high, *shape):
-        return per_picture(low, high, CELLS * CELLS, *shape)[picture, cell]
+    def per_cell(low, high):
+        return per_picture(low, high, CELLS * CELLS)[picture, cell]
 
     # A figure in each cell, turned and scaled: u, v run from -1 to 1 over it.
     turn, fill = per_cell(-math.pi, math.pi), per_cell(*FILL)
@@ -107,11 +107,10 @@ def draw_chunk(rng):
         rows = labels == label
         cover[rows] = np.clip(0.5 - figure(u[rows], v[rows]) * radius[rows], 0, 1)
 
-    contrast = per_picture(*CONTRAST, 1, 1) * np.where(per_cell(0, 1) < 0.5, -1, 1)
-    gray = per_picture(*GROUND, 1, 1) + contrast * cover
-    tint = per_picture(-TINT, TINT, 1, 1, 3)
+    sign = 1 - 2 * ((row + column) % 2)
+    color = np.float32(GROUND) + (sign * cover)[..., None] * np.float32(CONTRAST)
     noise = NOISE * rng.standard_normal((CHUNK, SIZE, SIZE, 3), np.float32)
-    images = gray[..., None] + tint + noise
+    images = color + noise
     return np.clip(np.rint(images * 255), 0, 255).astype(np.uint8), labels
 
 
