@@ -18,7 +18,7 @@ RUN = $(VENV)/bin/python
 LINEAR = $(RUN) main_lincls.py --dataset shapes --features cached --width 8
 
 demo: $(INSTALLED)
-	$(RUN) main.py --dataset shapes --width 8 --batch_size 64 --learning_rate 0.05 --epochs 6 --eval_freq 2 --untrained --trial $(DEMO)
+	$(RUN) main.py --dataset shapes --width 8 --batch_size 64 --learning_rate 0.05 --dim 512 --pred_dim 128 --epochs 8 --eval_freq 2 --untrained --trial $(DEMO)
 	$(LINEAR) --pretrained experiments/$(DEMO)/untrained.pt --trial $(DEMO)-linear-untrained
 	$(LINEAR) --pretrained experiments/$(DEMO)/backbone.pt --trial $(DEMO)-linear
 	@echo

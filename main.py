@@ -5,7 +5,7 @@
 A small run for a laptop without a GPU, on real CIFAR-10 and on the built-in shapes:
 
     python main.py --data_root data --width 16 --train_size 5000 --batch_size 256 --epochs 20
-    python main.py --dataset shapes --width 8 --batch_size 64 --epochs 5
+    python main.py --dataset shapes --width 8 --batch_size 64 --learning_rate 0.05 --dim 512 --pred_dim 128 --epochs 8
 """
 import argparse
 import math
@@ -91,8 +91,8 @@ def make_train_step(model, optimizer, scaler, precision_context, compiled):
         views_to_loss = torch.compile(views_to_loss, dynamic=False)
 
     def train_step(images, draws1, draws2):
+        optimizer.zero_grad(set_to_none=True)  # before the forward pass: its peak memory is without gradients
         loss, std = views_to_loss(images, draws1, draws2)
-        optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()

@@ -1,6 +1,7 @@
 """The views against torchvision: each image with the same parameters, and the parameters' distributions."""
 import itertools
 import math
+import time
 
 import numpy as np
 import pytest
@@ -188,3 +189,33 @@ def test_rates_of_flip_jitter_and_grayscale():
         assert abs(ours - reference) < 4 * math.sqrt(0.25 / N + 0.25 / 4000), name
         independent = getattr(draws, name)[1:].logical_xor(getattr(draws, name)[:-1]).float().mean().item()
         assert abs(independent - 2 * ours * (1 - ours)) < 4 * math.sqrt(0.25 / N), name
+
+
+# ---- speed
+
+
+def test_views_are_made_several_times_as_fast_as_picture_by_picture(pictures):
+    """Five times and more; two idle cores give over 20. Medians of interleaved rounds in one thread each."""
+    pipeline = transforms.Compose([
+        transforms.RandomResizedCrop(32, augment.SCALE),
+        transforms.RandomHorizontalFlip(),
+        transforms.RandomApply([transforms.ColorJitter(*augment.JITTER)], augment.JITTER_P),
+        transforms.RandomGrayscale(augment.GRAY_P),
+        transforms.ToTensor(),
+        transforms.Normalize(augment.MEAN, augment.STD),
+    ])
+    batch = torch.cat([pictures, pictures, pictures])[:512]
+    images = [F.to_pil_image(picture) for picture in batch]
+    generator = torch.Generator().manual_seed(0)
+    seconds = {"one by one": [], "batched": []}
+    for _ in range(5):
+        start = time.perf_counter()
+        for image in images[:128]:
+            pipeline(image)
+        seconds["one by one"].append((time.perf_counter() - start) / 128)
+        start = time.perf_counter()
+        apply_views(batch, draw_views(512, generator))
+        seconds["batched"].append((time.perf_counter() - start) / 512)
+    one_by_one, batched = (float(np.median(values)) for values in seconds.values())
+    print(f"one by one {1 / one_by_one:,.0f} views/s, batched {1 / batched:,.0f} views/s, {one_by_one / batched:.1f} times")
+    assert one_by_one > 5 * batched

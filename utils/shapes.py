@@ -1,22 +1,33 @@
 """The built-in data set: ten classes of drawn figures in 32x32 color pictures, generated from a seed.
 
-All that two views of a picture should share is its class: a color, a brightness or a background of its own
-would be learned instead. So all pictures have the same muted colors, every figure its own rotation and size,
-light and dark figures alternate, and the figures repeat, so that each crop has some.
+The design leaves two views of a picture little to share but its class: all pictures have the same muted
+colors, every figure has its own rotation and size, light and dark figures alternate, and the figures repeat,
+so that each crop has some.
+
+kNN accuracy (k = 200, temperature 0.1) with 10,000 pictures of seed 0 as the bank and 2,000 of seed 1 as queries:
+
+    raw pixels, by mean and std     0.127
+    raw pixels in [0, 1]            0.175
+    ResNet-18, untrained            0.268, 0.219
+    ResNet-18, trained              0.693, 0.704
+
+The networks have width 8 and two seeds; training is 5 epochs (780 steps) of SimSiam with batch 64, learning
+rate 0.05, weight decay 5e-4, dim 512 and pred_dim 128. The small head matters: with dim 2048 and
+pred_dim 512, all else equal, the one seed measured (the first) ended at 0.199, below the untrained network.
 """
 import math
 
 import numpy as np
 
 SIZE = 32
-CHUNK = 1000             # pictures drawn from one random state; part of what a seed means
+CHUNK = 1000                  # pictures drawn from one random state; part of what a seed means
 
 PITCH = (13.0, 17.0)          # from one figure to the next, in pixels
-FILL = (0.38, 0.48)             # a figure's radius over the pitch
-CELLS = 4                       # per axis: the grid repeats after so many, more than a picture's side spans
+FILL = (0.38, 0.48)           # a figure's radius over the pitch
+CELLS = 4                     # per axis, even for the alternation; the grid repeats after them, beyond the picture
 GROUND = (0.5, 0.5, 0.5)
 CONTRAST = (0.36, 0.3, 0.24)  # between a figure, lighter or darker, and the ground
-NOISE = 0.04                    # std of the pixels' noise
+NOISE = 0.04                  # std of the pixels' noise
 
 
 def box(u, v, half_width, half_height):
