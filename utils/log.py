@@ -46,25 +46,27 @@ def last(records, key):
 def summarize(folder):
     """One line of text on a run of main.py or main_lincls.py."""
     records = read(folder)
-    name = os.path.basename(os.path.normpath(folder))
     if any("test_top1" in record for record in records):
         final, epoch = last(records, "test_top1")
-        return f"{name:24} linear top-1 {final:6.2f} % (epoch {epoch}, the last)"
-    parts = [f"{name:24} epoch {records[-1]['epoch']}"]
-    for key, label, form in (("loss", "loss", ".4f"), ("std", "std", ".3f"), ("knn1", "kNN k=1", ".2f"), ("knn200", "k=200", ".2f")):
+        return f"linear top-1 {final:.2f} % (epoch {epoch}, the last)"
+    parts = [f"epoch {records[-1]['epoch']}"]
+    for key, label, form in (
+        ("loss", "loss", ".4f"), ("std", "std", ".3f"), ("knn1", "kNN k=1", ".2f"), ("knn200", "k=200", ".2f"),
+    ):
         value, _ = last(records, key)
-        start = next((record[key] for record in records if record["epoch"] == 0 and key in record), None)
+        untrained, _ = last([record for record in records if record["epoch"] == 0], key)
         if value is not None:
-            parts.append(f"{label} {value:{form}}" + (f" (untrained {start:{form}})" if start is not None else ""))
+            parts.append(f"{label} {value:{form}}" + ("" if untrained is None else f" (untrained {untrained:{form}})"))
     return "  ".join(parts)
 
 
 def main(folders):
     if not folders:
         sys.exit("usage: python -m utils.log FOLDER...")
+    width = max(len(folder) for folder in folders)
     for folder in folders:
         try:
-            print(summarize(folder))
+            print(f"{folder:{width}}  {summarize(folder)}")
         except OSError as error:
             print(f"{folder}: {error.strerror}: {error.filename}", file=sys.stderr)
             sys.exit(2)
