@@ -20,7 +20,7 @@ from tqdm import tqdm
 from simsiam import ARCHS, SimSiam, feature_std, simsiam_loss
 from utils import checkpoint, log, plot
 from utils.augment import apply_views, draw_views, epoch_generator
-from utils.cli import Parser, real_number, whole_number
+from utils.cli import Parser, real_number, run, whole_number
 from utils.data import DATASETS, load_dataset
 from utils.device import autocast, describe, select_device, select_precision
 from utils.knn import knn_accuracy
@@ -47,26 +47,26 @@ def make_parser():
     model.add_argument("--num_proj_layers", type=int, choices=(2, 3), default=2, help="2: CIFAR, 3: ImageNet")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=whole_number(1), default=800)
-    training.add_argument("--batch_size", type=whole_number(2), default=512)
-    training.add_argument("--learning_rate", type=real_number, help=f"initial rate; without it {LR_PER_256} * batch_size / 256")
-    training.add_argument("--momentum", type=real_number, default=0.9)
-    training.add_argument("--weight_decay", type=real_number, default=5e-4)
-    training.add_argument("--seed", type=whole_number(0), default=0)
+    training.add_argument("--epochs", type=whole_number(1), default=800, help="length of the run and of the cosine schedule")
+    training.add_argument("--batch_size", type=whole_number(2), default=512, help="pictures a step")
+    training.add_argument("--learning_rate", type=real_number, help=f"initial rate (default: {LR_PER_256} * batch_size / 256)")
+    training.add_argument("--momentum", type=real_number, default=0.9, help="of SGD")
+    training.add_argument("--weight_decay", type=real_number, default=5e-4, help="of SGD, on all parameters")
+    training.add_argument("--seed", type=whole_number(0), default=0, help="of the weights, the order and the views")
 
     device = parser.add_argument_group("device")
-    device.add_argument("--gpu", type=int, metavar="N", help="number of the CUDA GPU; without it the first one, else the CPU")
+    device.add_argument("--gpu", type=int, metavar="N", help="number of the CUDA GPU (default: the first one, else the CPU)")
     device.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="auto: bf16 or fp16 by the GPU, fp32 on the CPU")
-    device.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the views and the forward pass; without it on with CUDA, off without")
+    device.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the views and the forward pass (default: on with CUDA, off on the CPU)")
     device.add_argument("--deterministic", action="store_true", help="bit-reproducible on CUDA too, slower")
 
-    run = parser.add_argument_group("run")
-    run.add_argument("--eval_freq", type=whole_number(1), default=10, metavar="EPOCHS", help="epochs from one kNN evaluation to the next")
-    run.add_argument("--save_freq", type=whole_number(1), default=10, metavar="EPOCHS", help="epochs from one checkpoint to the next")
-    run.add_argument("--exp_dir", default="experiments", metavar="DIR", help="where the run's folder is made")
-    run.add_argument("--trial", metavar="NAME", help="the run folder's name; without it the next free number")
-    run.add_argument("--resume", metavar="auto|PATH", help="go on with a checkpoint; auto: of --trial, else of the newest run")
-    run.add_argument("--untrained", action="store_true", help="measure the untrained network too: its kNN as epoch 0, its weights as untrained.pt")
+    folder = parser.add_argument_group("run")
+    folder.add_argument("--eval_freq", type=whole_number(1), default=10, metavar="EPOCHS", help="epochs from one kNN evaluation to the next")
+    folder.add_argument("--save_freq", type=whole_number(1), default=10, metavar="EPOCHS", help="epochs from one checkpoint to the next")
+    folder.add_argument("--exp_dir", default="experiments", metavar="DIR", help="where the run's folder is made")
+    folder.add_argument("--trial", metavar="NAME", help="the run folder's name (default: the next free number)")
+    folder.add_argument("--resume", metavar="auto|PATH", help="go on with a checkpoint; auto: of --trial, else of the newest run, else start")
+    folder.add_argument("--untrained", action="store_true", help="measure the untrained network too: its kNN as epoch 0, its weights as untrained.pt")
     return parser
 
 
@@ -139,8 +139,9 @@ def save_backbone(path, model):
 # The run
 
 
-def pretrain(args, device, data, model, folder, state):
-    """Train from `state` (a checkpoint; None: from the start) to the last epoch. Returns the exit code."""
+def pretrain(args, device, data, model, folder, state, stop):
+    """Train from `state` (a checkpoint; None: from the start) to the last epoch, or until `stop`, a
+    StopRequest, has a signal. Returns the exit code."""
     precision_context = autocast(device, args.precision)
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
@@ -178,7 +179,7 @@ def pretrain(args, device, data, model, folder, state):
         bar_format="{percentage:3.0f}%|{bar}| {n:.2f}/{total} epochs [{elapsed}<{remaining}{postfix}]",
         mininterval=0.1 if sys.stderr.isatty() else 30,
     )
-    with StopRequest() as stop, bar:
+    with bar:
         for epoch in range(state["epoch"], args.epochs):
             rate = cosine_rate(args.learning_rate, epoch, args.epochs)
             for group in optimizer.param_groups:
@@ -194,14 +195,14 @@ def pretrain(args, device, data, model, folder, state):
                 loss, std = train_step(data.train_images[order[rows]], draws1.rows(rows), draws2.rows(rows))
                 sums += torch.stack((loss, std))
                 step += 1
-                bar.update(1 / steps)
+                bar.update(epoch + step / steps - bar.n)
             # ----
 
             mean_loss, mean_std = (sums / max(step, 1)).tolist()  # the epoch's one synchronization
             seconds = state["seconds"] + time.perf_counter() - start
             if not math.isfinite(mean_loss):
                 where = f"epoch {epoch + 1}: the loss is {mean_loss}; {os.path.join(folder, CHECKPOINT)} is from before"
-                print(f"main.py: error: {where}; lower --learning_rate", file=sys.stderr)
+                print(f"main.py: error: {where}; start a new run with a lower --learning_rate", file=sys.stderr)
                 return 1
 
             if step < steps:  # stopped inside the epoch
@@ -227,15 +228,15 @@ def pretrain(args, device, data, model, folder, state):
                     )
                 log.append(folder, record)
 
-            finished = state["epoch"] == args.epochs
-            if stop.signal is not None or finished or state["epoch"] % args.save_freq == 0:
+            finished, stopped = state["epoch"] == args.epochs, stop.signal
+            if stopped is not None or finished or state["epoch"] % args.save_freq == 0:
                 save_state(folder, state, model, optimizer, scaler, args)
                 if state["epoch"] > 0:
                     plot.plot_run(folder)
-            if stop.signal is not None and not finished:
+            if stopped is not None and not finished:
                 path = shlex.quote(os.path.join(folder, CHECKPOINT))
                 tqdm.write(f"stopped in epoch {epoch + 1}; to go on: python main.py --resume {path}")
-                return 128 + stop.signal
+                return 128 + stopped
     return 0
 
 
@@ -256,10 +257,15 @@ def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     with parser.user_errors():
-        folder, state = find_resumed(args.resume, args.exp_dir, args.trial) if args.resume else (None, None)
+        folder, state = None, None
+        if args.resume is not None:
+            folder, state = find_resumed(args.resume, args.exp_dir, args.trial)
         if state is not None:
             args = resumed_settings(parser, argv, state["config"])
-        elif args.resume:
+            if state["epoch"] >= args.epochs:
+                print(f"{folder}: already done, epoch {state['epoch']} of {args.epochs}")
+                return 0
+        elif args.resume is not None:
             print(f"nothing to resume in {args.exp_dir}: a new run")
         device = select_device(args.gpu)
         args.precision = select_precision(args.precision, device)
@@ -269,16 +275,13 @@ def main(argv=None):
         if args.batch_size > len(data.train_images):
             raise ValueError(f"--batch_size {args.batch_size}: there are {len(data.train_images)} training pictures")
 
+        torch.manual_seed(args.seed)
+        model = SimSiam(ARCHS[args.arch](args.width), args.dim, args.pred_dim, args.num_proj_layers)
+
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not args.deterministic
-    torch.manual_seed(args.seed)
-    model = SimSiam(ARCHS[args.arch](args.width), args.dim, args.pred_dim, args.num_proj_layers)
-
-    if state is not None and state["epoch"] >= args.epochs:
-        print(f"{folder}: already done, {args.epochs} epochs")
-        return 0
     if state is None:
         with parser.user_errors():
             folder = new_run_folder(args.exp_dir, args.trial)
@@ -286,14 +289,15 @@ def main(argv=None):
     print(f"{folder}: {args.arch}, width {args.width}, {args.dataset}, {len(data.train_images)} pictures, {describe(device)}, {args.precision}")
     if device.type == "cpu":
         print(
-            "No GPU in use. Two CPU cores of today train about 100 views/s at width 64 and 800 at width 16; an epoch "
+            "No GPU in use. Two idle CPU cores train about 100 views/s at width 64 and 800 at width 16; an epoch "
             f"is {2 * len(data.train_images):,} views. --width 16 and --train_size 5000 make it small."
         )
-    code = pretrain(args, device, data, model, folder, state)
+    with StopRequest() as stop:
+        code = pretrain(args, device, data, model, folder, state, stop)
     if code == 0:
         print(f"done; next: {evaluation_command(args, device, folder)}")
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

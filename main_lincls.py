@@ -1,4 +1,4 @@
-"""Linear evaluation of a pre-trained backbone: frozen features, one linear classifier (paper, appendix D).
+"""Linear evaluation of a pre-trained backbone: frozen features, one linear classifier.
 
     python main_lincls.py --arch resnet18 --num_cls 10 --batch_size 256 --lr 30.0 --weight_decay 0.0 --pretrained CHECKPOINT DIR
 
@@ -10,6 +10,7 @@ On a CPU, --features cached computes the features once, without augmentation, an
 The result is the last epoch's top-1 accuracy on all test images. The best epoch is shown beside it; it is
 chosen on the test images and so is not a result.
 """
+import math
 import os
 import sys
 import time
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from simsiam import ARCHS
 from utils import checkpoint, log, plot
 from utils.augment import crop_flip, draw_views, epoch_generator, normalize
-from utils.cli import Parser, real_number, whole_number
+from utils.cli import Parser, real_number, run, whole_number
 from utils.data import DATASETS, load_dataset
 from utils.device import autocast, describe, select_device, select_precision
 from utils.features import extract_features
@@ -37,22 +38,22 @@ def make_parser():
     parser.add_argument("data_root", nargs="?", default="data", metavar="DIR", help="folder that has, or gets, cifar-10-batches-py")
     parser.add_argument("--pretrained", required=True, metavar="CHECKPOINT", help="backbone.pt or checkpoint.pt of a run of main.py")
     parser.add_argument("--arch", choices=ARCHS, default="resnet18", help="backbone")
-    parser.add_argument("--width", type=whole_number(1), help="channels of the first stage; without it the checkpoint's")
+    parser.add_argument("--width", type=whole_number(1), help="channels of the first stage; the default is the checkpoint's")
     parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="shapes is built in and needs no files")
-    parser.add_argument("--num_cls", type=whole_number(2), metavar="N", help="number of classes; without it the data set's")
+    parser.add_argument("--num_cls", type=whole_number(2), metavar="N", help="number of classes (default: the data set's)")
     parser.add_argument("--train_size", type=whole_number(1), metavar="N", help="the first N training pictures only")
     parser.add_argument("--test_size", type=whole_number(1), metavar="N", help="the first N test pictures only")
     parser.add_argument("--features", choices=("augmented", "cached"), default="augmented", help="augmented: random crop and flip in every epoch; cached: computed once, without")
     parser.add_argument("--epochs", type=whole_number(1), default=100, help="the rate falls to a tenth after 60 %% and 80 %% of them")
-    parser.add_argument("--batch_size", type=whole_number(1), default=256)
-    parser.add_argument("--lr", type=real_number, help=f"initial rate; without it {LR_PER_256} * batch_size / 256")
-    parser.add_argument("--momentum", type=real_number, default=0.9)
-    parser.add_argument("--weight_decay", type=real_number, default=0.0)
-    parser.add_argument("--seed", type=whole_number(0), default=0)
-    parser.add_argument("--gpu", type=int, metavar="N", help="number of the CUDA GPU; without it the first one, else the CPU")
+    parser.add_argument("--batch_size", type=whole_number(1), default=256, help="pictures a step")
+    parser.add_argument("--lr", type=real_number, help=f"initial rate (default: {LR_PER_256} * batch_size / 256)")
+    parser.add_argument("--momentum", type=real_number, default=0.9, help="of SGD")
+    parser.add_argument("--weight_decay", type=real_number, default=0.0, help="of SGD")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of the classifier, the order and the crops")
+    parser.add_argument("--gpu", type=int, metavar="N", help="number of the CUDA GPU (default: the first one, else the CPU)")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the backbone; the classifier is float32")
     parser.add_argument("--exp_dir", default="experiments", metavar="DIR", help="where the evaluation's folder is made")
-    parser.add_argument("--trial", metavar="NAME", help="the folder's name; without it the next free number")
+    parser.add_argument("--trial", metavar="NAME", help="the folder's name (default: the next free number)")
     return parser
 
 
@@ -84,7 +85,7 @@ def top1(classifier, features, labels):
 
 
 def evaluate(args, device, data, backbone, folder):
-    """Train the classifier; returns the log's records, one an epoch."""
+    """Train the classifier; returns the log's records, one an epoch, or None if the loss ran away."""
     precision_context = autocast(device, args.precision)
     backbone.to(device, memory_format=torch.channels_last)
     frozen = {name: value.clone() for name, value in backbone.state_dict().items()}
@@ -110,7 +111,8 @@ def evaluate(args, device, data, backbone, folder):
             group["lr"] = rate
         generator = epoch_generator(args.seed, epoch, device)
         order = torch.randperm(size, generator=generator, device=device)
-        draws = draw_views(size, generator, *image_shape, scale=CROP_SCALE)
+        if args.features == "augmented":
+            draws = draw_views(size, generator, *image_shape, scale=CROP_SCALE)
         sums = torch.zeros(2, device=device)  # of the loss and the right answers, over pictures
 
         for rows in torch.arange(size, device=device).split(args.batch_size):
@@ -127,6 +129,9 @@ def evaluate(args, device, data, backbone, folder):
             sums += torch.stack((loss.detach() * len(chosen), (logits.argmax(dim=1) == labels).sum()))
 
         train_loss, train_right = (sums / size).tolist()
+        if not math.isfinite(train_loss):
+            print(f"main_lincls.py: error: epoch {epoch + 1}: the loss is {train_loss}; lower --lr", file=sys.stderr)
+            return None
         records.append({
             "epoch": epoch + 1, "train_loss": train_loss, "train_top1": 100 * train_right,
             "test_top1": top1(classifier, test_features, data.test_labels), "lr": rate,
@@ -163,12 +168,15 @@ def main(argv=None):
 
     print(f"{folder}: {args.pretrained}, {args.dataset}, {len(data.train_images)} pictures, {args.features} features, {describe(device)}, {args.precision}")
     records = evaluate(args, device, data, backbone, folder)
+    if records is None:
+        return 1
     last = records[-1]
+    count = f"{'all' if args.test_size is None else 'the first'} {len(data.test_images)} test pictures"
     best = max(records, key=lambda record: record["test_top1"])
-    print(f"linear top-1: {last['test_top1']:.2f} %, last epoch ({last['epoch']}), all {len(data.test_images)} test pictures")
+    print(f"linear top-1: {last['test_top1']:.2f} %, last epoch ({last['epoch']}), {count}")
     print(f"best epoch ({best['epoch']}): {best['test_top1']:.2f} %, chosen on the test pictures and so not the result")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

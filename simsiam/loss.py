@@ -16,7 +16,7 @@ def simsiam_loss(p1, p2, z1, z2):
 
 
 def feature_std(z):
-    """Spread of the outputs z [B, dim], B >= 2: the std of l2-normalised z over the batch,
+    """Spread of the outputs z [B, dim], B >= 2: the std of l2-normalized z over the batch,
     averaged over channels, times sqrt(dim). About 1 for a healthy network, 0 for a collapsed one."""
     z = F.normalize(z.float(), dim=1)
     return z.std(dim=0).mean() * z.shape[1] ** 0.5

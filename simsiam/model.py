@@ -44,7 +44,7 @@ class SimSiam(nn.Module):
     def forward(self, x1, x2):
         """Two views of the same images, [B, 3, H, W] each -> p1, p2, z1, z2, each [B, dim].
 
-        The views go through the network one after the other, so that each is normalised by its
+        The views go through the network one after the other, so that each is normalized by its
         own batch statistics.
         """
         z1 = self.projector(self.backbone(x1))  # [B, dim]

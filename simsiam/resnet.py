@@ -61,7 +61,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A CIFAR ResNet: normalised images [B, 3, H, W], any H, W >= 8 -> features [B, feature_dim].
+    """A CIFAR ResNet: normalized images [B, 3, H, W], any H, W >= 8 -> features [B, feature_dim].
 
     The four stages have width, 2*width, 4*width and 8*width channels at full, half, quarter and
     eighth resolution; global average pooling ends it. Convolutions start from He's normal

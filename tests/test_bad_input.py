@@ -1,6 +1,8 @@
 """Wrong values, files and combinations: one line on stderr, exit code 2, nothing written."""
 import os
 import pathlib
+import pickle
+import shlex
 import shutil
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 import main as pretraining
 import main_lincls
 from conftest import SMALL
-from utils import checkpoint
+from utils import checkpoint, log, plot
 
 
 def tree(folder):
@@ -29,6 +31,7 @@ def refused(tmp_path, monkeypatch, capsys):
         assert stop.value.code == 2
         line = capsys.readouterr().err
         assert line.count("\n") == 1 and line.endswith("\n"), line
+        assert "weights_only" not in line
         for word in words:
             assert str(word) in line, line
         assert tree(tmp_path) == before
@@ -57,13 +60,17 @@ def refused(tmp_path, monkeypatch, capsys):
     ("--trial a/b", ["a/b", "plain folder name"]),
     ("--trial ..", ["plain folder name"]),
     ("--epoch 3", ["--epoch"]),
+    ("--resume ''", ["''", "no such file"]),
+    ("--resume .", ["is a folder"]),
+    ("--seed 99999999999999999999", ["--seed", "less than 2^32"]),
+    ("--dim 4000000000", ["memory"]),
     ("--resume nowhere.pt", ["nowhere.pt", "no such file"]),
     ("--resume a/checkpoint.pt --trial b", ["leave --trial out"]),
     ("--exp_dir /dev/null/runs", ["/dev/null/runs", "--exp_dir"]),
     ("--exp_dir /dev/null", ["/dev/null", "not a folder"]),
 ])
 def test_main_refuses(refused, no_gpu, args, words):
-    refused(pretraining.main, [*SMALL, *args.split()], *words)
+    refused(pretraining.main, [*SMALL, *shlex.split(args)], *words)
 
 
 def test_main_refuses_missing_and_damaged_data(refused, no_gpu, tmp_path, monkeypatch):
@@ -121,7 +128,7 @@ def test_code_in_a_checkpoint_does_not_run(refused, no_gpu, tmp_path):
 @pytest.mark.parametrize("args, words", [
     ("", ["--pretrained"]),
     ("--pretrained nowhere.pt", ["nowhere.pt", "no such file"]),
-    ("--pretrained {run}", ["no such file"]),
+    ("--pretrained {run}", ["is a folder"]),
     ("--pretrained {run}/config.json", ["config.json", "damaged"]),
     ("--pretrained {run}/backbone.pt --arch resnet34", ["backbone.pt", "missing: layer1.2.conv1.weight"]),
     ("--pretrained {run}/backbone.pt --arch resnet50", ["another shape"]),
@@ -140,3 +147,31 @@ def test_main_lincls_refuses(refused, no_gpu, finished_run, args, words):
 def test_main_lincls_refuses_a_classifier(refused, no_gpu, tmp_path):
     checkpoint.save(str(tmp_path / "classifier.pt"), torch.nn.Linear(4, 10).state_dict())
     refused(main_lincls.main, ["--pretrained", tmp_path / "classifier.pt", "--dataset", "shapes"], "no backbone")
+
+
+def test_any_bytes_are_refused_as_a_checkpoint(tmp_path, finished_run):
+    """Texts, other pickles, and a checkpoint with a flipped byte are unreadable, or what they were."""
+    whole = pathlib.Path(finished_run, "backbone.pt").read_bytes()
+    flipped = [whole[:i] + bytes([whole[i] ^ 0xFF]) + whole[i + 1:] for i in range(0, len(whole), len(whole) // 150)]
+    path = tmp_path / "bytes.pt"
+    for content in (b"epoch,loss\n1,2\n", pickle.dumps({"a": 1}), pickle.dumps([1], 4), b"\0" * 100, *flipped):
+        path.write_bytes(content)
+        try:
+            checkpoint.load(str(path))
+        except ValueError as error:
+            assert "bytes.pt" in str(error)
+
+
+def test_a_run_folder_without_a_checkpoint_is_named(refused, no_gpu, tmp_path):
+    (tmp_path / "experiments" / "empty").mkdir(parents=True)
+    (tmp_path / "experiments" / "empty" / "config.json").write_text("{}")
+    refused(pretraining.main, [*SMALL, "--resume", "auto", "--trial", "empty"], "no such file", "remove")
+
+
+@pytest.mark.parametrize("content", ["", "5\n", '{"loss": 1}\n'])
+def test_tables_and_figures_refuse_an_empty_log(refused, tmp_path, content):
+    (tmp_path / "log.jsonl").write_text(content)
+    for module in (log, plot):
+        refused(module.main, [tmp_path], "log.jsonl", "no epoch")
+        refused(module.main, [tmp_path / "none"], "none", "No such file")
+        refused(module.main, [], "FOLDER")

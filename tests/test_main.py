@@ -88,8 +88,31 @@ def test_resume_auto_takes_the_newest_and_says_when_it_is_done(run_main, capsys)
         assert run_main("--epochs", 1, "--trial", trial) == 0
     before = log.read("experiments/newer")
     assert run_main("--resume", "auto") == 0
-    assert "experiments/newer: already done, 1 epochs" in capsys.readouterr().out
+    assert "experiments/newer: already done, epoch 1 of 1" in capsys.readouterr().out
     assert log.read("experiments/newer") == before
+
+
+def test_resume_auto_goes_by_the_checkpoint_not_by_other_files(run_main, capsys):
+    for trial in ("older", "newer"):
+        assert run_main("--epochs", 1, "--trial", trial) == 0
+    with open("experiments/older/note.txt", "w"):
+        pass
+    run_main("--resume", "auto")
+    assert "experiments/newer: already done" in capsys.readouterr().out
+
+
+def test_a_signal_before_the_first_step_still_leaves_a_checkpoint(run_main, monkeypatch, no_gpu):
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        return 0.0, 0.0
+
+    assert run_main("--epochs", 1, "--trial", "whole", "--untrained") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("main.knn_accuracy", interrupted)
+        assert run_main("--epochs", 1, "--trial", "stopped", "--untrained") == 130
+    assert run_main("--resume", "auto", "--trial", "stopped") == 0
+    assert_same_state("experiments/whole", "experiments/stopped")
+    assert figures("experiments/whole") == figures("experiments/stopped")
 
 
 def test_resume_auto_starts_where_nothing_is_there(run_main, capsys):

@@ -19,7 +19,7 @@ def test_evaluates_what_main_wrote(finished_run, run_lincls, capsys, features, f
     records = log.read("experiments/eval")
     assert [record["epoch"] for record in records] == [1, 2, 3, 4, 5]
     best = max(record["test_top1"] for record in records)
-    assert f"linear top-1: {records[-1]['test_top1']:.2f} %, last epoch (5), all 100 test pictures" in output
+    assert f"linear top-1: {records[-1]['test_top1']:.2f} %, last epoch (5), the first 100 test pictures" in output
     assert f"{best:.2f} %, chosen on the test pictures" in output
     assert sorted(os.listdir("experiments/eval")) == [
         "classifier.pt", "config.json", "log.jsonl", "loss-plot.png", "top1-acc.png",
@@ -92,3 +92,9 @@ def test_the_config_has_every_setting(finished_run, run_lincls):
         settings = json.load(file)["settings"]
     assert settings["pretrained"] == path and settings["num_cls"] == 10
     assert settings["lr"] == 15.0  # the rate follows the batch
+
+
+def test_a_loss_that_is_not_finite_is_no_result(finished_run, run_lincls, capsys):
+    assert run_lincls("--pretrained", os.path.join(finished_run, "backbone.pt"), "--features", "cached", "--lr", 1e38) == 1
+    captured = capsys.readouterr()
+    assert "lower --lr" in captured.err and "linear top-1" not in captured.out

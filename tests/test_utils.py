@@ -63,7 +63,7 @@ def test_tables_and_figures_come_from_the_log(tmp_path):
         )
         assert result.returncode == 0, result.stderr
         if module == "utils.log":
-            assert "k=200 35.50 (untrained 25.00)" in result.stdout and "60.25 % (epoch 2, the last)" in result.stdout
+            assert "k=200 35.50 (untrained 25.00)" in result.stdout and "60.25 % (epoch 2)" in result.stdout
     for name in ("pretraining", "linear"):
         assert {"loss-plot.png", "top1-acc.png"} <= set(os.listdir(tmp_path / name))
     missing = subprocess.run([sys.executable, "-m", "utils.log", tmp_path], cwd=REPO, capture_output=True, text=True)

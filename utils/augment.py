@@ -35,7 +35,7 @@ class Draws(NamedTuple):
     height: torch.Tensor   # int64 [n]
     width: torch.Tensor    # int64 [n]
     flip: torch.Tensor     # bool [n]
-    jitter: torch.Tensor   # bool [n]: whether the colours are jittered
+    jitter: torch.Tensor   # bool [n]: whether the colors are jittered
     order: torch.Tensor    # int64 [n, 4]: the operations' numbers, first to last
     factors: torch.Tensor  # float32 [n, 4]: brightness, contrast, saturation, hue (in turns)
     gray: torch.Tensor     # bool [n]

@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import math
+import signal
 import sys
 
 
@@ -16,10 +17,11 @@ class Parser(argparse.ArgumentParser):
 
     @contextlib.contextmanager
     def user_errors(self):
-        """ValueError and OSError in the block are the user's: their message becomes the line."""
+        """Errors in the block come from what the user gave, sizes beyond the memory included: their message
+        becomes the line."""
         try:
             yield
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
             self.error(str(error))
 
 
@@ -31,14 +33,14 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 
 def whole_number(least):
-    """An argument type: a whole number of at least `least`."""
+    """An argument type: a whole number of at least `least` and less than 2 ** 32."""
     def convert(text):
         try:
             value = int(text)
         except ValueError:
-            value = None
-        if value is None or value < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+            value = -1
+        if not least <= value < 2**32:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least} and less than 2^32")
         return value
     return convert
 
@@ -52,6 +54,15 @@ def real_number(text):
     if not (math.isfinite(value) and value >= 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of at least 0")
     return value
+
+
+def run(main):
+    """Run a script's main and exit with its code; Ctrl-C ends it without a traceback."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def warn(message):

@@ -34,14 +34,17 @@ def open_cifar(name, root):
         if damaged:
             raise ValueError(
                 f"{folder}: missing or damaged: {', '.join(damaged)}; "
-                "remove the folder to have it downloaded again, or point --data_root at a good copy"
+                "remove the folder to have it downloaded again, or name one with a good copy"
             )
+    new_root = not os.path.lexists(root)
     try:
         train = cifar(root, train=True, download=not os.path.lexists(folder))
     except (OSError, RuntimeError) as error:
+        if new_root and os.path.isdir(root) and not os.listdir(root):
+            os.rmdir(root)
         raise OSError(
-            f"no {cifar.base_folder} in {root}, and the download failed ({error}); "
-            "point --data_root at the folder that has it, or try --dataset shapes"
+            f"no {cifar.base_folder} in {root!r}, and the download failed ({error}); "
+            "point --data_root (main_lincls.py: DIR) at the folder that has it, or try --dataset shapes"
         ) from error
     return train, cifar(root, train=False)
 

@@ -1,7 +1,7 @@
-"""Weighted k-nearest-neighbour classification of backbone features: the monitor of pre-training.
+"""Weighted k-nearest-neighbor classification of backbone features: the monitor of pre-training.
 
-Features are l2-normalised; every training picture is in the bank and every test picture is classified.
-k = 200 neighbours vote with weight exp(similarity / 0.1); k = 1 takes the nearest one's class.
+Features are l2-normalized; every training picture is in the bank and every test picture is classified.
+k = 200 neighbors vote with weight exp(similarity / 0.1); k = 1 takes the nearest one's class.
 """
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,12 @@ def nearest(queries, bank, k):
         yield (chunk @ bank).topk(k, dim=1)
 
 
-def vote(similarities, neighbours, temperature, num_classes):
-    """Classes [Q] from similarities and classes of the neighbours, each [Q, k]."""
+def vote(similarities, neighbors, temperature, num_classes):
+    """Classes [Q] from similarities and classes of the neighbors, each [Q, k]."""
     # Less the largest, which every query's votes share as a factor: float32 holds any temperature.
     weights = ((similarities - similarities[:, :1]) / temperature).exp()
     votes = weights.new_zeros(len(weights), num_classes)
-    return votes.scatter_add_(1, neighbours, weights).argmax(dim=1)
+    return votes.scatter_add_(1, neighbors, weights).argmax(dim=1)
 
 
 @torch.no_grad()

@@ -4,7 +4,8 @@
 """
 import json
 import os
-import sys
+
+from utils.cli import Parser
 
 LOG = "log.jsonl"
 
@@ -23,15 +24,20 @@ def append(folder, record):
 
 def read(folder):
     """The log as a list of dicts, by epoch. An epoch that a resumed run did again counts once, as it was
-    last written; an unfinished line does not count. Raises OSError if there is no log."""
+    last written; an unfinished line does not count. Raises OSError if there is no log, ValueError if it
+    has no epoch."""
+    path = os.path.join(folder, LOG)
     records = {}
-    with open(os.path.join(folder, LOG)) as file:
+    with open(path, errors="replace") as file:
         for line in file:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            records[record["epoch"]] = record
+            if isinstance(record, dict) and isinstance(record.get("epoch"), int):
+                records[record["epoch"]] = record
+    if not records:
+        raise ValueError(f"{path!r}: no epoch in it")
     return [records[epoch] for epoch in sorted(records)]
 
 
@@ -48,7 +54,7 @@ def summarize(folder):
     records = read(folder)
     if any("test_top1" in record for record in records):
         final, epoch = last(records, "test_top1")
-        return f"linear top-1 {final:.2f} % (epoch {epoch}, the last)"
+        return f"linear top-1 {final:.2f} % (epoch {epoch})"
     parts = [f"epoch {records[-1]['epoch']}"]
     for key, label, form in (
         ("loss", "loss", ".4f"), ("std", "std", ".3f"), ("knn1", "kNN k=1", ".2f"), ("knn200", "k=200", ".2f"),
@@ -60,17 +66,15 @@ def summarize(folder):
     return "  ".join(parts)
 
 
-def main(folders):
-    if not folders:
-        sys.exit("usage: python -m utils.log FOLDER...")
+def main(argv=None):
+    parser = Parser(prog="python -m utils.log", description=__doc__)
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a run's folder, with its log.jsonl")
+    folders = parser.parse_args(argv).folders
     width = max(len(folder) for folder in folders)
     for folder in folders:
-        try:
+        with parser.user_errors():
             print(f"{folder:{width}}  {summarize(folder)}")
-        except OSError as error:
-            print(f"{folder}: {error.strerror}: {error.filename}", file=sys.stderr)
-            sys.exit(2)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

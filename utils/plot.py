@@ -3,13 +3,13 @@
     python -m utils.plot FOLDER...       makes loss-plot.png and top1-acc.png again from each folder's log.jsonl
 """
 import os
-import sys
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from utils import log
 from utils.augment import MEAN, STD
+from utils.cli import Parser
 
 BLUE, ORANGE, GRAY = "#0072b2", "#d55e00", "0.5"  # told apart with any color vision
 
@@ -63,7 +63,7 @@ def plot_run(folder):
 def plot_views(folder, images, views1, views2):
     """Make views.png: a column for each picture, its two views below it.
 
-    images: uint8 [B, 3, H, W]; views1, views2: normalised views float [B, 3, 32, 32] of them.
+    images: uint8 [B, 3, H, W]; views1, views2: normalized views float [B, 3, 32, 32] of them.
     """
     def to_pixels(views):
         mean, std = views.new_tensor(MEAN).view(3, 1, 1), views.new_tensor(STD).view(3, 1, 1)
@@ -80,16 +80,14 @@ def plot_views(folder, images, views1, views2):
     figure.savefig(os.path.join(folder, "views.png"), dpi=120)
 
 
-def main(folders):
-    if not folders:
-        sys.exit("usage: python -m utils.plot FOLDER...")
+def main(argv=None):
+    parser = Parser(prog="python -m utils.plot", description=__doc__)
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a run's folder, with its log.jsonl")
+    folders = parser.parse_args(argv).folders
     for folder in folders:
-        try:
+        with parser.user_errors():
             plot_run(folder)
-        except OSError as error:
-            print(f"{folder}: {error.strerror}: {error.filename}", file=sys.stderr)
-            sys.exit(2)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

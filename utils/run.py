@@ -44,10 +44,10 @@ def new_run_folder(exp_dir, trial=None):
                 number += 1
     except FileExistsError:
         if not os.path.isdir(exp_dir):
-            raise OSError(f"--exp_dir {exp_dir}: is not a folder") from None
-        raise ValueError(f"--trial {trial}: {path} exists; take another name, or --resume auto to go on with it") from None
+            raise OSError(f"--exp_dir {exp_dir!r} is not a folder") from None
+        raise ValueError(f"--trial {trial}: {path} exists; take another name (main.py goes on with a run by --resume)") from None
     except OSError as error:
-        raise OSError(f"no run folder can be made in {exp_dir} ({error.strerror}); take another --exp_dir") from error
+        raise OSError(f"no run folder can be made in --exp_dir {exp_dir!r} ({error.strerror}); take another --exp_dir") from error
 
 
 def run_folder(exp_dir, trial):
@@ -59,10 +59,12 @@ def run_folder(exp_dir, trial):
 
 def newest_run(exp_dir):
     """The run folder in exp_dir whose checkpoint was written last, or None."""
-    names = os.listdir(exp_dir) if os.path.isdir(exp_dir) else []
-    paths = [os.path.join(exp_dir, name, CHECKPOINT) for name in names]
-    paths = [path for path in paths if os.path.exists(path) or os.path.exists(checkpoint.previous_path(path))]
-    newest = max(paths, key=lambda path: os.path.getmtime(os.path.dirname(path)), default=None)
+    paths = [
+        os.path.join(exp_dir, run, name)
+        for run in (os.listdir(exp_dir) if os.path.isdir(exp_dir) else [])
+        for name in (CHECKPOINT, checkpoint.previous_path(CHECKPOINT))
+    ]
+    newest = max((path for path in paths if os.path.exists(path)), key=os.path.getmtime, default=None)
     return newest and os.path.dirname(newest)
 
 
@@ -80,7 +82,7 @@ def find_resumed(resume, exp_dir, trial):
         except (ValueError, OSError) as error:
             path = checkpoint.previous_path(path)
             if not os.path.exists(path):
-                raise
+                raise ValueError(f"{error}; remove {folder} to begin it again, or take another --trial") from error
             state = checkpoint.load(path)
             warn(f"{error}; going on from {path}")
     else:
