@@ -1,5 +1,6 @@
 # make demo   pre-train on the built-in shapes and evaluate, in minutes on any device
 # make test   run the tests
+# make figures  draw the figures of the README again
 # make clean  remove the virtual environment
 .DEFAULT_GOAL := demo
 PYTHON ?= python3
@@ -28,7 +29,13 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -q tests
 
+# The figures that the README shows, from the committed logs.
+FIGURES_OF = logs/cifar10-w16-24ep
+figures: $(INSTALLED)
+	$(RUN) -m utils.plot $(FIGURES_OF)
+	mv $(FIGURES_OF)/loss-plot.png $(FIGURES_OF)/top1-acc.png imgs/
+
 clean:
 	rm -rf $(VENV)
 
-.PHONY: demo test clean
+.PHONY: demo test figures clean

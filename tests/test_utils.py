@@ -1,12 +1,15 @@
 """Checkpoint files, the log, the figures, and the layout of the code."""
 import ast
 import os
+import shlex
 import subprocess
 import sys
 
 import pytest
 import torch
 
+import main as pretraining
+import main_lincls
 from conftest import REPO
 from utils import checkpoint, log, plot
 
@@ -92,3 +95,16 @@ def test_imports_go_one_way():
     for path in (REPO / "utils").glob("*.py"):
         assert set(imported(path)) <= third_party | {"utils"} | sys.stdlib_module_names, path
     assert (REPO / "utils" / "__init__.py").read_text() == ""
+
+
+def test_the_documented_commands_parse():
+    """Every command of the two scripts in the README and in their own docstrings is accepted by their parsers."""
+    texts = [(REPO / "README.md").read_text(), pretraining.__doc__, main_lincls.__doc__]
+    commands = [
+        shlex.split(line, comments=True) for text in texts for line in text.splitlines()
+        if line.strip().startswith(("python main.py", "python main_lincls.py"))
+    ]
+    assert len(commands) > 8
+    for _, script, *args in commands:
+        module = {"main.py": pretraining, "main_lincls.py": main_lincls}[script]
+        module.make_parser().parse_args(args)

@@ -6,7 +6,7 @@ from utils.augment import normalize
 
 
 @torch.no_grad()
-def extract_features(backbone, images, autocast, batch_size=1000):
+def extract_features(backbone, images, autocast, batch_size=500):
     """Features of every picture, none dropped: uint8 [N, 3, H, W] -> float32 [N, feature_dim].
 
     The backbone sees the pictures without augmentation, in evaluation mode, and is left in the mode it
