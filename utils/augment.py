@@ -46,6 +46,7 @@ class Draws(NamedTuple):
 
 
 def uniform(low, high, shape, generator):
+    """Uniform random numbers from low to high, float32, on the generator's device."""
     return low + (high - low) * torch.rand(shape, generator=generator, device=generator.device)
 
 
@@ -69,7 +70,7 @@ def draw_crops(n, generator, height, width, scale):
     w = torch.where(none_fits, central_w, w.gather(1, first)[:, 0])
     h = torch.where(none_fits, central_h, h.gather(1, first)[:, 0])
     place = uniform(0, 1, (n, 2), generator)
-    # A product in float32 can round up to the bound itself: hence the second minimum.
+    # A product in float32 can round up to the bound itself: hence the minimum.
     top = torch.minimum((place[:, 0] * (height - h + 1)).floor(), height - h)
     left = torch.minimum((place[:, 1] * (width - w + 1)).floor(), width - w)
     top = torch.where(none_fits, ((height - h) / 2).floor(), top)
