@@ -2,9 +2,9 @@
 
     python main.py --data_root DIR --arch resnet18 --learning_rate 0.06 --epochs 800 --weight_decay 5e-4 --momentum 0.9 --batch_size 512 --gpu 0
 
-A small run for a laptop without a GPU, on real CIFAR-10 and on the built-in shapes:
+Without a GPU, on real CIFAR-10 (92 minutes on one CPU core; kNN 62 %) and on the built-in shapes (2 minutes on two; 75 %):
 
-    python main.py --data_root data --width 16 --train_size 5000 --batch_size 256 --epochs 20
+    python main.py --data_root data --width 16 --batch_size 128 --learning_rate 0.06 --epochs 24
     python main.py --dataset shapes --width 8 --batch_size 64 --learning_rate 0.05 --dim 512 --pred_dim 128 --epochs 8
 """
 import argparse
@@ -289,7 +289,7 @@ def main(argv=None):
     print(f"{folder}: {args.arch}, width {args.width}, {args.dataset}, {len(data.train_images)} pictures, {describe(device)}, {args.precision}")
     if device.type == "cpu":
         print(
-            "No GPU in use. Two idle CPU cores train about 100 views/s at width 64 and 800 at width 16; an epoch "
+            "No GPU in use. Two idle CPU cores train about 100 views/s at width 64 and 850 at width 16; an epoch "
             f"is {2 * len(data.train_images):,} views. --width 16 and --train_size 5000 make it small."
         )
     with StopRequest() as stop:

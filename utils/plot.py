@@ -22,7 +22,8 @@ def curve(axes, records, key, label, color, **style):
     return bool(points)
 
 
-def finish(figure, axes, folder, name, ylabel):
+def finish(figure, axes, folder, name, ylabel, **legend):
+    """Dress the axes and write the figure; legend: options of its place."""
     axes.set_xlabel("epochs")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(ylabel)
@@ -31,7 +32,7 @@ def finish(figure, axes, folder, name, ylabel):
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, **legend)
     figure.savefig(os.path.join(folder, name), dpi=150)
 
 
@@ -45,10 +46,12 @@ def plot_run(folder):
     axes.set_title(title, fontsize="medium")
     curve(axes, records, "loss", "loss", BLUE)
     curve(axes, records, "train_loss", "training loss", BLUE)
+    legend = {}
     if curve(axes, records, "std", "std·√d of z (0: collapsed)", ORANGE, linestyle="--"):
         axes.set_ylim(-1.05, 1.25)
         axes.axhline(0, color=GRAY, linewidth=0.8)
-    finish(figure, axes, folder, "loss-plot.png", "")
+        legend = {"loc": "center right", "bbox_to_anchor": (1, 0.36)}  # below 0 and above a healthy run's loss
+    finish(figure, axes, folder, "loss-plot.png", "", **legend)
 
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.subplots()
