@@ -219,7 +219,7 @@ def apply_views(images, draws):
 
 
 def apply_views_cpu(images, draws):
-    """The same for the CPU, three times as fast: some dozens of pictures at a time stay in the cache from one
+    """The same for the CPU, several times as fast: a hundred or so pictures at a time stay in the cache from one
     operation to the next, and pictures with the hue shift in the same slot go together through fewer blends."""
     views = torch.empty(len(images), 3, SIZE, SIZE)
     unjittered = 4
