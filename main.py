@@ -14,6 +14,8 @@ import shlex
 import sys
 import time
 
+from utils.cpu import prepare_cpu  # before torch
+
 import torch
 from tqdm import tqdm
 
@@ -21,8 +23,9 @@ from simsiam import ARCHS, SimSiam, feature_std, simsiam_loss
 from utils import checkpoint, log, plot
 from utils.augment import apply_views, draw_views, epoch_generator
 from utils.cli import Parser, real_number, run, whole_number
-from utils.data import DATASETS, load_dataset
+from utils.data import DATASETS, batches, load_dataset
 from utils.device import autocast, describe, select_device, select_precision
+from utils.graph import GraphedStep, set_rate
 from utils.knn import knn_accuracy
 from utils.run import CHECKPOINT, find_resumed, new_run_folder, resumed_settings, write_config
 from utils.stop import StopRequest
@@ -58,6 +61,7 @@ def make_parser():
     device.add_argument("--gpu", type=int, metavar="N", help="number of the CUDA GPU (default: the first one, else the CPU)")
     device.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="auto: bf16 or fp16 by the GPU, fp32 on the CPU")
     device.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the views and the forward pass (default: on with CUDA, off on the CPU)")
+    device.add_argument("--cuda_graph", action="store_true", help="replay each step as one CUDA graph")
     device.add_argument("--deterministic", action="store_true", help="bit-reproducible on CUDA too, slower")
 
     folder = parser.add_argument_group("run")
@@ -155,6 +159,8 @@ def pretrain(args, device, data, model, folder, state, stop):
     train_step = make_train_step(
         model, optimizer, scaler, precision_context, device.type == "cuda" if args.compile is None else args.compile
     )
+    if args.cuda_graph:
+        train_step = GraphedStep(train_step, model, optimizer)
 
     size, batch = len(data.train_images), args.batch_size
     steps = size // batch  # the last partial batch of an epoch is dropped
@@ -166,7 +172,7 @@ def pretrain(args, device, data, model, folder, state, stop):
     if state["epoch"] == state["step"] == 0:
         order, *draws = draw_epoch(args.seed, 0, size, steps * batch, image_shape, device)
         shown = slice(0, 8)
-        pictures = data.train_images[order[shown]]
+        pictures = next(batches(data.train_images, order[shown], len(order[shown]), device))
         plot.plot_views(folder, pictures, *(apply_views(pictures, views.rows(shown)) for views in draws))
         if args.untrained:
             save_backbone(os.path.join(folder, "untrained.pt"), model)
@@ -182,17 +188,17 @@ def pretrain(args, device, data, model, folder, state, stop):
     with bar:
         for epoch in range(state["epoch"], args.epochs):
             rate = cosine_rate(args.learning_rate, epoch, args.epochs)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            set_rate(optimizer, rate)
             order, draws1, draws2 = draw_epoch(args.seed, epoch, size, steps * batch, image_shape, device)
             sums, step = state["sums"].to(device), state["step"]  # the sums are of loss and std
             start = time.perf_counter()
+            images = batches(data.train_images, order[step * batch:], batch, device)
             model.train()
 
             # ---- the step: slice, augment, forward, loss, backward, update
             while step < steps and stop.signal is None:
                 rows = slice(step * batch, (step + 1) * batch)
-                loss, std = train_step(data.train_images[order[rows]], draws1.rows(rows), draws2.rows(rows))
+                loss, std = train_step(next(images), draws1.rows(rows), draws2.rows(rows))
                 sums += torch.stack((loss, std))
                 step += 1
                 bar.update(epoch + step / steps - bar.n)
@@ -269,6 +275,10 @@ def main(argv=None):
             print(f"nothing to resume in {args.exp_dir}: a new run")
         device = select_device(args.gpu)
         args.precision = select_precision(args.precision, device)
+        if args.cuda_graph and (device.type != "cuda" or args.precision == "fp16"):
+            raise ValueError("--cuda_graph needs a CUDA GPU and --precision bf16 or fp32")
+        if device.type == "cpu":
+            prepare_cpu()
         if args.learning_rate is None:
             args.learning_rate = LR_PER_256 * args.batch_size / 256
         data = load_dataset(args.dataset, args.data_root, device, args.train_size, args.test_size)

@@ -15,6 +15,8 @@ import os
 import sys
 import time
 
+from utils.cpu import prepare_cpu  # before torch
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -23,7 +25,7 @@ from simsiam import ARCHS
 from utils import checkpoint, log, plot
 from utils.augment import crop_flip, draw_views, epoch_generator, normalize
 from utils.cli import Parser, real_number, run, whole_number
-from utils.data import DATASETS, load_dataset
+from utils.data import DATASETS, batches, load_dataset
 from utils.device import autocast, describe, select_device, select_precision
 from utils.features import extract_features
 from utils.run import new_run_folder, write_config
@@ -113,6 +115,7 @@ def evaluate(args, device, data, backbone, folder):
         order = torch.randperm(size, generator=generator, device=device)
         if args.features == "augmented":
             draws = draw_views(size, generator, *image_shape, scale=CROP_SCALE)
+            images = batches(data.train_images, order, args.batch_size, device)
         sums = torch.zeros(2, device=device)  # of the loss and the right answers, over pictures
 
         for rows in torch.arange(size, device=device).split(args.batch_size):
@@ -120,7 +123,7 @@ def evaluate(args, device, data, backbone, folder):
             if args.features == "cached":
                 features = train_features[chosen]
             else:
-                features = augmented_features(backbone, data.train_images[chosen], draws.rows(rows), precision_context)
+                features = augmented_features(backbone, next(images), draws.rows(rows), precision_context)
             logits, labels = classifier(features), data.train_labels[chosen]
             loss = F.cross_entropy(logits, labels)
             optimizer.zero_grad(set_to_none=True)
@@ -155,6 +158,8 @@ def main(argv=None):
     with parser.user_errors():
         device = select_device(args.gpu)
         args.precision = select_precision(args.precision, device)
+        if device.type == "cpu":
+            prepare_cpu()
         backbone = build_backbone(args.arch, args.width, args.pretrained)
         data = load_dataset(args.dataset, args.data_root, device, args.train_size, args.test_size)
         if args.num_cls is None:

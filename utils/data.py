@@ -1,4 +1,5 @@
-"""Data sets as uint8 tensors on the device: CIFAR-10 and -100 through torchvision, and the built-in shapes."""
+"""Data sets as uint8 tensors: CIFAR-10 and -100 through torchvision, and the built-in shapes; and batches of them on
+the device, on which a data set lives as a whole unless it is too large."""
 import os
 from typing import NamedTuple
 
@@ -12,10 +13,12 @@ CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 DATASETS = (*CIFAR, "shapes")
 SHAPES_TRAIN, SHAPES_TEST = 10_000, 2_000  # drawn unless other sizes are asked for
 SHAPES_TRAIN_SEED, SHAPES_TEST_SEED = 0, 1
+DEVICE_SHARE = 0.5                         # of the device's free memory, at most, is for pictures
+SLICE = 16                                 # batches that go to the device at a time where the pictures stay on the host
 
 
 class Dataset(NamedTuple):
-    """Pictures and labels of both splits, on one device."""
+    """Pictures and labels of both splits; the labels on the device, the pictures too unless they are too many."""
 
     train_images: torch.Tensor  # uint8 [N, 3, H, W]
     train_labels: torch.Tensor  # int64 [N]
@@ -49,16 +52,22 @@ def open_cifar(name, root):
     return train, cifar(root, train=False)
 
 
-def take(images, labels, size, split, device):
-    """The first `size` (None: all) of a split in file order, as tensors on the device."""
+def take(images, labels, size, split):
+    """The first `size` (None: all) of a split in file order, as tensors on the host."""
     if size is not None and size > len(images):
         raise ValueError(f"--{split}_size {size}: the {split} split has {len(images)} pictures")
     images = torch.from_numpy(images[:size]).permute(0, 3, 1, 2).contiguous()
-    return images.to(device), torch.as_tensor(labels[:size], dtype=torch.int64).to(device)
+    return images, torch.as_tensor(labels[:size], dtype=torch.int64)
+
+
+def fits(count, device):
+    """Whether a device has room for so many bytes of pictures beside the training itself."""
+    return device.type != "cuda" or count <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
 def load_dataset(name, root, device, train_size=None, test_size=None):
-    """Load 'cifar10', 'cifar100' or 'shapes' onto the device.
+    """Load 'cifar10', 'cifar100' or 'shapes' onto the device; pictures that do not fit there stay on the host,
+    and `batches` feeds them.
 
     root: the folder that has, or gets, `cifar-10-batches-py` or `cifar-100-python`; unused for shapes.
     train_size, test_size: the first so many pictures in file order; for shapes, how many are drawn.
@@ -77,8 +86,25 @@ def load_dataset(name, root, device, train_size=None, test_size=None):
         classes = cifar[0].classes
     else:
         raise ValueError(f"no data set {name!r}; there are {', '.join(DATASETS)}")
+    train_images, train_labels = take(*splits[0], train_size, "train")
+    test_images, test_labels = take(*splits[1], test_size, "test")
+    home = device if fits(train_images.nbytes + test_images.nbytes, device) else torch.device("cpu")
     return Dataset(
-        *take(*splits[0], train_size, "train", device),
-        *take(*splits[1], test_size, "test", device),
-        classes,
+        train_images.to(home), train_labels.to(device), test_images.to(home), test_labels.to(device), classes
     )
+
+
+def batches(images, order, batch_size, device):
+    """Yield images[order] on the device, batch_size at a time: uint8 [<= batch_size, 3, H, W].
+
+    order: int64 [M], on the device. Pictures on the host go there in slices of SLICE batches through pinned memory:
+    the host gathers and sends one while the device is still busy with the steps before.
+    """
+    if images.device == device:
+        for chosen in order.split(batch_size):
+            yield images[chosen]
+    else:
+        for chosen in order.cpu().split(SLICE * batch_size):
+            slice_images = torch.empty(len(chosen), *images.shape[1:], dtype=images.dtype, pin_memory=device.type == "cuda")
+            torch.index_select(images, 0, chosen, out=slice_images)
+            yield from slice_images.to(device, non_blocking=True).split(batch_size)

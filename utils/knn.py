@@ -10,14 +10,14 @@ from utils.features import extract_features
 
 K = 200
 TEMPERATURE = 0.1
-CHUNK = 500  # queries at a time: 100 MB of similarities to a bank of 50,000
+SIMILARITIES = 25_000_000  # at a time: 100 MB, 500 queries with a bank of 50,000
 
 
 def nearest(queries, bank, k):
     """Yield, for chunks of the queries in order, the cosine similarities and the bank indices of the k
-    nearest bank rows, each [<= CHUNK, k], most similar first."""
+    nearest bank rows, each [chunk, k], most similar first."""
     bank = F.normalize(bank, dim=1).T.contiguous()  # [D, N]
-    for chunk in F.normalize(queries, dim=1).split(CHUNK):
+    for chunk in F.normalize(queries, dim=1).split(max(1, SIMILARITIES // bank.shape[1])):
         yield (chunk @ bank).topk(k, dim=1)
 
 

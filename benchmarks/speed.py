@@ -1,0 +1,276 @@
+"""Speed and memory of this project's training beside the plain torchvision pipeline, measured in one run:
+
+    python benchmarks/speed.py
+    python benchmarks/speed.py --what memory --width 64 --batch 128 256 512 1024 --json FILE
+    python benchmarks/speed.py --switches
+
+On a CUDA GPU it measures the full size (width 64, batch 512), on a CPU a small one, in less than 5 minutes on two cores.
+Each pipeline lives in a process of its own; the measurements take turns. The figures are medians, with the smallest and
+the largest. --switches also measures ours with every optimization turned the other way, next to ours as it is.
+
+views         views a second, nothing else done                   step    views a second of the network's step alone
+end_to_end    views a second of training                          knn     seconds of a search, 10,000 in 60,000 features
+start         seconds from nothing to the end of the first step   memory  MiB at the peak of training
+"""
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import torch
+import torchvision
+from tqdm import tqdm
+
+from benchmarks.ours import CPU_ONLY, CUDA_ONLY, SWITCHES, default_switches
+from utils.cli import Parser, run, whole_number
+from utils.device import describe, select_device
+
+UNITS = {
+    "views": "views/s", "step": "views/s", "end_to_end": "views/s", "knn": "s", "start": "s", "memory": "MiB",
+}
+RATES = ("views", "step", "end_to_end")
+PIPELINES = ("plain", "ours")
+EPOCH_VIEWS = 2 * 50_000
+
+# What is measured by default: width, batch, what.
+FULL = [(64, 512, tuple(UNITS))]
+SMALL = [(16, 128, tuple(UNITS)), (64, 32, ("step", "end_to_end"))]
+
+
+def make_parser():
+    parser = Parser(prog="benchmarks/speed.py", description=__doc__)
+    parser.add_argument("--what", nargs="+", choices=UNITS, help="default: all")
+    parser.add_argument("--width", nargs="+", type=whole_number(1), help="channels of the first stage (default: by the device)")
+    parser.add_argument("--batch", nargs="+", type=whole_number(2), help="pictures a step (default: by the device)")
+    parser.add_argument("--rounds", type=whole_number(1), default=3, help="measurements of each figure")
+    parser.add_argument("--switches", action="store_true", help="also measure ours with each optimization turned: " + "; ".join(f"{name}: {text}" for name, text in SWITCHES.items()))
+    parser.add_argument("--json", metavar="FILE", help="write the rows")
+    parser.add_argument("--profile", metavar="FILE", help="write a profile of our step")
+    parser.add_argument("--data_root", default="data", metavar="DIR", help="folder that has cifar-10-batches-py; else the built-in shapes are used")
+    parser.add_argument("--gpu", type=int, metavar="N", help="number of the CUDA GPU (default: the first one, else the CPU)")
+    return parser
+
+
+class Worker:
+    """A pipeline in a process of its own. `start` is the seconds until its first training step was done."""
+
+    def __init__(self, pipeline, settings, **environment):
+        self.pipeline = pipeline
+        self.errors = tempfile.TemporaryFile("w+")
+        begin = time.perf_counter()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", f"benchmarks.{pipeline}", json.dumps(settings)], cwd=ROOT, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, env={**os.environ, **environment},
+        )
+        self.answer()
+        self.start = time.perf_counter() - begin
+
+    def call(self, name, *arguments):
+        self.process.stdin.write(json.dumps([name, arguments]) + "\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            self.errors.seek(0)
+            last = self.errors.read().strip().splitlines()[-1:]
+            raise RuntimeError(f"the {self.pipeline} pipeline ended: {' '.join(last) or self.process.wait()}")
+        return json.loads(line)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+        self.errors.close()
+
+
+class Benchmark:
+    """The measurements of one width and batch size; `rows` collects the results."""
+
+    def __init__(self, settings, rounds, bar):
+        self.settings, self.rounds, self.bar = settings, rounds, bar
+        self.seconds = 1.5 if settings["device"] != "cpu" else 3.0  # aimed at for a measurement
+        self.rows = []
+
+    def add(self, what, pipeline, values, **extra):
+        row = {
+            "what": what, "pipeline": pipeline, "width": self.settings["width"], "batch": self.settings["batch"],
+            "unit": UNITS[what], "median": statistics.median(values), "low": min(values), "high": max(values),
+            "runs": len(values), **extra,
+        }
+        self.rows.append({name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()})
+
+    def launch(self, pipeline, changed=(), **environment):
+        switches = {name: value != (name in changed) for name, value in self.settings["switches"].items()}
+        self.bar.set_description(f"{pipeline} starts")
+        self.bar.update()
+        return Worker(pipeline, {**self.settings, "switches": switches}, **environment)
+
+    def measure(self, worker, what, count=None):
+        self.bar.set_description(f"{worker.pipeline} {what}")
+        self.bar.update()
+        return worker.call(what, *([] if count is None else [count]))
+
+    def start(self):
+        """Both pipelines, running. The first start of each is not counted: it fills the caches of files and kernels."""
+        values, workers = {name: [] for name in PIPELINES}, {}
+        for _ in range(self.rounds + 1):
+            for name in PIPELINES:
+                if name in workers:
+                    workers[name].close()
+                workers[name] = self.launch(name)
+                values[name].append(workers[name].start)
+        for name in PIPELINES:
+            self.add("start", name, values[name][1:])
+        return workers
+
+    def calibrate(self, worker, what):
+        """How many batches take about self.seconds. The first call compiles what there is to compile."""
+        if self.settings["device"] != "cpu":
+            self.measure(worker, what, 2)
+        count = 2
+        return max(count, round(count * self.seconds / self.measure(worker, what, count)))
+
+    def rates(self, workers, whats, extra):
+        """Take turns; workers is {name: Worker}, extra {name: what its rows have besides}."""
+        counts = {(name, what): self.calibrate(worker, what) for name, worker in workers.items() for what in whats}
+        values = {key: [] for key in counts}
+        for i in range(self.rounds):
+            for what in whats:
+                for name in list(workers)[::1 if i % 2 else -1]:
+                    count = counts[name, what]
+                    seconds = self.measure(workers[name], what, count)
+                    values[name, what].append(2 * self.settings["batch"] * count / seconds)
+        for (name, what), rates in values.items():
+            if name in extra:
+                self.add(what, workers[name].pipeline, rates, **extra[name])
+
+    def run(self, whats, cores):
+        """Measure; returns ours, still running."""
+        workers = self.start() if "start" in whats else {name: self.launch(name) for name in PIPELINES}
+        rates = [what for what in RATES if what in whats]
+        if rates:
+            candidates = sorted({0, 1, cores // 2, cores} if cores <= 4 else {cores // 2, cores - 1, cores})
+            print(f"plain: as many loader workers as help: {self.measure_workers(workers['plain'], candidates)}")
+            self.rates(workers, rates, dict.fromkeys(PIPELINES, {}))
+        if "memory" in whats:
+            for name in PIPELINES:
+                self.measure(workers[name], "end_to_end", 2)
+                self.add("memory", name, [self.measure(workers[name], "memory")])
+        if "knn" in whats:
+            values = {name: [] for name in PIPELINES}
+            for _ in range(self.rounds):
+                for name in PIPELINES:
+                    values[name].append(self.measure(workers[name], "knn"))
+            for name in PIPELINES:
+                self.add("knn", name, values[name])
+        workers["plain"].close()
+        return workers["ours"]
+
+    def measure_workers(self, worker, candidates):
+        self.bar.set_description("plain chooses its workers")
+        return worker.call("choose_workers", candidates, 4)
+
+    def run_switches(self, ours, names):
+        """Each switch turned, taking turns with ours as it is."""
+        for name in names:
+            turned = self.launch("ours", [name])
+            text = f"{name} {'off' if self.settings['switches'][name] else 'on'}"
+            whats = [what for what in ("step", "end_to_end") if not (what == "step" and name in ("resident", "batched"))]
+            before = len(self.rows)
+            self.rates({"ours": ours, "turned": turned}, whats, {"ours": {"switch": f"beside {text}"}, "turned": {"switch": text}})
+            turned.close()
+            for what in whats:
+                base, other = (row for row in self.rows[before:] if row["what"] == what)
+                tqdm.write(f"{text}: {what} {other['median']:,.0f} views/s, as it is {base['median']:,.0f}: {other['median'] / base['median']:.3f} times")
+        compiles = self.settings["switches"]["compile"]
+        with tempfile.TemporaryDirectory() as cache:
+            for text, on in (("compile on, empty cache", True), ("compile on, filled cache", True), ("compile off", False)):
+                worker = self.launch("ours", [] if on == compiles else ["compile"], TORCHINDUCTOR_CACHE_DIR=cache)
+                self.add("start", "ours", [worker.start], switch=text)
+                tqdm.write(f"{text}: start {worker.start:.1f} s")
+                worker.close()
+
+
+def print_limits(limits, rate, device):
+    """What the step reaches of what the device can do."""
+    flops = rate * limits["flop_per_view"]
+    print(
+        f"step: {flops / 1e12:.3g} TFLOP/s, {100 * flops / limits['flops']:.1f} % of the measured {limits['precision']} matrix product "
+        f"({limits['flops'] / 1e12:.4g} TFLOP/s); copies {limits['bandwidth'] / 1e9:,.0f} GB/s"
+    )
+    floor = limits["floor_per_view"]
+    print(
+        f"floor: {1 / floor:,.0f} views/s, {EPOCH_VIEWS * floor:.2f} s an epoch of CIFAR-10; "
+        f"the step takes {1 / (rate * floor):.2f} times that, {EPOCH_VIEWS / rate:.2f} s"
+    )
+
+
+def print_table(rows):
+    print(f"{'width':>5} {'batch':>5}  {'':10} {'':7} {'plain':>24} {'ours':>24}  {'better':>7}")
+    plain = [row for row in rows if row["pipeline"] == "plain"]
+    for row in plain:
+        key = ("what", "width", "batch")
+        ours = next(r for r in rows if r["pipeline"] == "ours" and "switch" not in r and all(r[k] == row[k] for k in key))
+        better = ours["median"] / row["median"] if row["what"] in RATES else row["median"] / ours["median"]
+
+        def cell(row):
+            digits = 0 if row["median"] >= 100 else 2
+            text = f"{row['median']:,.{digits}f}"
+            return text if row["runs"] == 1 else f"{text} ({row['low']:,.{digits}f}-{row['high']:,.{digits}f})"
+
+        print(
+            f"{row['width']:>5} {row['batch']:>5}  {row['what']:10} {row['unit']:7} {cell(row):>24} {cell(ours):>24}  {better:>6.2f}x"
+        )
+
+
+def main(argv=None):
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    with parser.user_errors():
+        device = select_device(args.gpu)
+        if args.json and not os.path.isdir(os.path.dirname(args.json) or "."):
+            raise ValueError(f"--json {args.json}: there is no such folder")
+    plan = FULL if device.type == "cuda" else SMALL
+    if args.what or args.width or args.batch:
+        widths, batch_sizes = args.width or [plan[0][0]], args.batch or [plan[0][1]]
+        plan = [(width, batch, args.what or tuple(UNITS)) for width in widths for batch in batch_sizes]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    size = "full size" if device.type == "cuda" else "small size"
+    print(f"{size}: {describe(device)}, {cores} cores, torch {torch.__version__}, torchvision {torchvision.__version__}")
+
+    rows = []
+    with parser.user_errors(), tqdm(unit="", bar_format="{n} [{elapsed}] {desc}", disable=None, leave=False) as bar:
+        for width, batch, whats in plan:
+            settings = {
+                "device": str(device), "width": width, "batch": batch, "data_root": os.path.abspath(args.data_root),
+                "switches": default_switches(device.type),
+            }
+            benchmark = Benchmark(settings, args.rounds, bar)
+            ours = benchmark.run(whats, cores)
+            if "step" in whats:
+                rate = next(row["median"] for row in benchmark.rows if row["what"] == "step" and row["pipeline"] == "ours")
+                print_limits(ours.call("limits"), rate, device)
+            if args.profile:
+                ours.call("profile", os.path.abspath(args.profile))
+            if args.switches:
+                benchmark.run_switches(ours, [name for name in SWITCHES if name not in (CUDA_ONLY if device.type == "cpu" else CPU_ONLY)])
+            ours.close()
+            rows += benchmark.rows
+            if args.json:
+                with open(args.json, "w") as file:
+                    json.dump(rows, file, indent=1)
+    print_table(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
