@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from simsiam import ARCHS, SimSiam, feature_std, simsiam_loss
 from utils import checkpoint, log, plot
-from utils.augment import apply_views, draw_views, epoch_generator
+from utils.augment import apply_two_views, draw_views, epoch_generator
 from utils.cli import Parser, real_number, run, whole_number
 from utils.data import DATASETS, batches, load_dataset
 from utils.device import autocast, describe, select_device, select_precision
@@ -85,10 +85,10 @@ def make_train_step(model, optimizer, scaler, precision_context, compiled):
     """
 
     def views_to_loss(images, draws1, draws2):
-        x1 = apply_views(images, draws1).contiguous(memory_format=torch.channels_last)  # [B, 3, 32, 32]
-        x2 = apply_views(images, draws2).contiguous(memory_format=torch.channels_last)
+        views = apply_two_views(images, draws1, draws2)
+        x1, x2 = (x.contiguous(memory_format=torch.channels_last) for x in views)  # [B, 3, 32, 32] each
         with precision_context():
-            p1, p2, z1, z2 = model(x1, x2)                                              # [B, dim] each
+            p1, p2, z1, z2 = model(x1, x2)                                         # [B, dim] each
         return simsiam_loss(p1, p2, z1, z2), feature_std(z1)
 
     if compiled:
@@ -173,7 +173,7 @@ def pretrain(args, device, data, model, folder, state, stop):
         order, *draws = draw_epoch(args.seed, 0, size, steps * batch, image_shape, device)
         shown = slice(0, 8)
         pictures = next(batches(data.train_images, order[shown], len(order[shown]), device))
-        plot.plot_views(folder, pictures, *(apply_views(pictures, views.rows(shown)) for views in draws))
+        plot.plot_views(folder, pictures, *apply_two_views(pictures, *(views.rows(shown) for views in draws)))
         if args.untrained:
             save_backbone(os.path.join(folder, "untrained.pt"), model)
             knn1, knn200 = knn_accuracy(model.backbone, data, precision_context)

@@ -7,39 +7,14 @@ from utils.cpu import prepare_cpu  # before torch
 import os
 
 import torch
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import floor, plain
 from benchmarks.worker import LEARNING_RATE, Pipeline, host_images, serve
 from simsiam import SimSiam, feature_std, resnet18, simsiam_loss
-from utils.augment import apply_views, draw_views, epoch_generator
+from utils.augment import apply_two_views, draw_views, epoch_generator
 from utils.data import batches
 from utils.device import DTYPES, autocast, select_precision
 from utils.graph import GraphedStep
 from utils.knn import knn_predict
-
-# name: what it is, off and on
-SWITCHES = {
-    "resident": "the data set on the device; off: on the host, sent in slices",
-    "batched": "views of whole batches on the device; off: the plain pipeline's loader",
-    "channels_last": "the network and its inputs in NHWC; off: NCHW",
-    "low_precision": "bf16, or fp16 with loss scaling on GPUs without it; off: float32",
-    "compile": "torch.compile of the views, the network and the loss; off: eager",
-    "fused": "the fused optimizer; off: torch's default for the device",
-    "cuda_graph": "the whole step as one CUDA graph",
-    "async": "the loss stays on the device; off: read in every step",
-    "cpu": "utils.cpu.prepare_cpu: freed memory is kept, no more threads than the quota's cores",
-}
-CPU_ONLY, CUDA_ONLY = {"cpu"}, {"resident", "cuda_graph"}
-
-
-def default_switches(device_type):
-    """main.py's own choices."""
-    on = {"batched", "channels_last", "fused", "async"}
-    on |= {"cpu"} if device_type == "cpu" else {"resident", "low_precision", "compile"}
-    return {name: name in on for name in SWITCHES}
-
 
 class Ours(Pipeline):
     def __init__(self, settings):
@@ -72,7 +47,7 @@ class Ours(Pipeline):
         return simsiam_loss(p1, p2, z1, z2), feature_std(z1)
 
     def images_to_loss(self, images, draws1, draws2):
-        return self.views_to_loss(apply_views(images, draws1), apply_views(images, draws2))
+        return self.views_to_loss(*apply_two_views(images, draws1, draws2))
 
     def make_step(self, to_loss):
         """A training step of the inputs of to_loss."""
@@ -114,11 +89,11 @@ class Ours(Pipeline):
         self.end_to_end(1)
 
     def views(self, count):
-        make = torch.compile(apply_views, dynamic=False) if self.on["compile"] else apply_views
+        make = torch.compile(apply_two_views, dynamic=False) if self.on["compile"] else apply_two_views
 
         def work():
-            for images, draws1, draws2 in self.epoch(count):
-                make(images, draws1), make(images, draws2)
+            for inputs in self.epoch(count):
+                make(*inputs)
 
         return self.seconds(work)
 
@@ -129,6 +104,8 @@ class Ours(Pipeline):
     def end_to_end(self, count):
         if self.on["batched"]:
             return self.seconds(lambda: self.train(self.epoch(count), self.train_step))
+        from benchmarks import plain  # here, as others below, so that its import is no part of the start
+
         pictures, workers = plain.TwoViews(self.pictures), len(os.sched_getaffinity(0)) - 1
 
         def use(*views):
@@ -142,6 +119,10 @@ class Ours(Pipeline):
 
     def limits(self):
         """What bounds the step: its floating-point operations a view, this device's measured peaks, and the floor."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        from benchmarks import floor
+
         model = SimSiam(resnet18(self.width)).to(self.device)
         with FlopCounterMode(display=False) as counter:
             simsiam_loss(*model(*(torch.zeros(2, 3, 32, 32, device=self.device),) * 2)).backward()
@@ -156,6 +137,8 @@ class Ours(Pipeline):
 
     def profile(self, path):
         """A profile of three steps end to end, the costliest operations first."""
+        from torch.profiler import ProfilerActivity, profile
+
         self.end_to_end(3)
         cuda = self.device.type == "cuda"
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda

@@ -28,7 +28,7 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from benchmarks.ours import CPU_ONLY, CUDA_ONLY, SWITCHES, default_switches
+from benchmarks.switches import CPU_ONLY, CUDA_ONLY, SWITCHES, default_switches
 from utils.cli import Parser, run, whole_number
 from utils.device import describe, select_device
 
@@ -41,7 +41,7 @@ EPOCH_VIEWS = 2 * 50_000
 
 # What is measured by default: width, batch, what.
 FULL = [(64, 512, tuple(UNITS))]
-SMALL = [(16, 128, tuple(UNITS)), (64, 32, ("step", "end_to_end"))]
+SMALL = [(16, 512, tuple(UNITS)), (64, 32, ("step", "end_to_end"))]
 
 
 def make_parser():
@@ -120,24 +120,24 @@ class Benchmark:
         return worker.call(what, *([] if count is None else [count]))
 
     def start(self):
-        """Both pipelines, running. The first start of each is not counted: it fills the caches of files and kernels."""
+        """Both pipelines, running. With compilation the first start is not counted: it fills the cache of kernels."""
         values, workers = {name: [] for name in PIPELINES}, {}
-        for _ in range(self.rounds + 1):
+        uncounted = int(self.settings["switches"]["compile"])
+        for _ in range(uncounted + self.rounds):
             for name in PIPELINES:
                 if name in workers:
                     workers[name].close()
                 workers[name] = self.launch(name)
                 values[name].append(workers[name].start)
         for name in PIPELINES:
-            self.add("start", name, values[name][1:])
+            self.add("start", name, values[name][uncounted:])
         return workers
 
     def calibrate(self, worker, what):
         """How many batches take about self.seconds. The first call compiles what there is to compile."""
         if self.settings["device"] != "cpu":
             self.measure(worker, what, 2)
-        count = 2
-        return max(count, round(count * self.seconds / self.measure(worker, what, count)))
+        return max(1, round(self.seconds / self.measure(worker, what, 1)))
 
     def rates(self, workers, whats, extra):
         """Take turns; workers is {name: Worker}, extra {name: what its rows have besides}."""
@@ -158,12 +158,13 @@ class Benchmark:
         workers = self.start() if "start" in whats else {name: self.launch(name) for name in PIPELINES}
         rates = [what for what in RATES if what in whats]
         if rates:
-            candidates = sorted({0, 1, cores // 2, cores} if cores <= 4 else {cores // 2, cores - 1, cores})
+            candidates = sorted({0, 1, cores} if cores <= 4 else {cores // 2, cores - 1, cores})
             print(f"plain: as many loader workers as help: {self.measure_workers(workers['plain'], candidates)}")
             self.rates(workers, rates, dict.fromkeys(PIPELINES, {}))
         if "memory" in whats:
             for name in PIPELINES:
-                self.measure(workers[name], "end_to_end", 2)
+                if not rates:
+                    self.measure(workers[name], "end_to_end", 2)
                 self.add("memory", name, [self.measure(workers[name], "memory")])
         if "knn" in whats:
             values = {name: [] for name in PIPELINES}
@@ -177,7 +178,7 @@ class Benchmark:
 
     def measure_workers(self, worker, candidates):
         self.bar.set_description("plain chooses its workers")
-        return worker.call("choose_workers", candidates, 4)
+        return worker.call("choose_workers", candidates, 2 if self.settings["device"] == "cpu" else 10)
 
     def run_switches(self, ours, names):
         """Each switch turned, taking turns with ours as it is."""

@@ -24,7 +24,7 @@ GRAY_P = 0.2
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # torchvision's numbers of the jitter's operations
 CROP_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop.get_params
 LUMA = (0.2989, 0.587, 0.114)  # as in torchvision's rgb_to_grayscale
-CPU_CHUNK = 128
+CPU_CHUNK = 512  # pictures at a time: 6 MB
 
 
 class Draws(NamedTuple):
@@ -115,89 +115,104 @@ def resampling_weights(start, length, size_in, flip=None):
     Bilinear, antialiased where it shrinks. Pixels outside the crop have weight 0 and the rest is
     scaled to sum 1, as PIL does. Where flip (bool [B]) is true the output is mirrored.
     """
-    out = torch.arange(SIZE, device=start.device).expand(len(start), SIZE)
+    out = torch.arange(SIZE, device=start.device) + 0.5
     if flip is not None:
-        out = torch.where(flip[:, None], SIZE - 1 - out, out)
-    start, length = start[:, None, None], length[:, None, None]
+        out = torch.where(flip[:, None], SIZE - out, out)
+    start, length = start.float()[:, None, None], length.float()[:, None, None]
     scale = length / SIZE
-    center = start + (out[:, :, None] + 0.5) * scale                      # [B, SIZE, 1]
+    center = start + out.expand(len(start), SIZE)[:, :, None] * scale     # [B, SIZE, 1]
     pixel = torch.arange(size_in, device=start.device) + 0.5              # [size_in]
-    weight = (1 - (pixel - center).abs() / scale.clamp(min=1)).clamp(min=0)
-    weight = weight * ((pixel > start) & (pixel < start + length))
-    return weight / weight.sum(dim=2, keepdim=True)
+    weight = torch.rsub((pixel - center).abs_().mul_(1 / scale.clamp(min=1)), 1).clamp_(min=0)
+    weight.mul_((pixel > start) & (pixel < start + length))
+    return weight.div_(weight.sum(dim=2, keepdim=True))
 
 
 def crop_flip(images, draws):
-    """Crop, resize and flip: uint8 [B, 3, H, W] -> float32 [B, 3, SIZE, SIZE] in [0, 1]."""
+    """Crop, resize and flip: uint8 [B, 3, H, W] -> float32 [B, 3, SIZE, SIZE] in [0, 1], but for rounding."""
     b, c, h, w = images.shape
     rows = resampling_weights(draws.top, draws.height, h)
     columns = resampling_weights(draws.left, draws.width, w, draws.flip)
-    x = torch.bmm((images / 255).view(b, c * h, w), columns.transpose(1, 2))     # [B, 3 * H, SIZE]
-    return torch.matmul(rows[:, None], x.view(b, c, h, SIZE)).clamp(0, 1)
+    x = torch.bmm(images.float().view(b, c * h, w), columns.transpose(1, 2))     # [B, 3 * H, SIZE]
+    return torch.matmul(rows[:, None] / 255, x.view(b, c, h, SIZE))
 
 
-def grayscale(x):
-    """Luma of float pictures [B, 3, H, W] -> [B, 1, H, W], as torchvision's rgb_to_grayscale."""
-    r, g, b = x.split(1, dim=1)
-    return (LUMA[0] * r).add(g, alpha=LUMA[1]).add(b, alpha=LUMA[2])
+def in_eager_cpu(x):
+    """Whether operations run one by one on the CPU. On CUDA, and when compiled, they fuse best where they are plain
+    arithmetic; on a CPU one by one, a matrix product instead saves many passes over memory."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def blend(x, factor, to_mean, to_gray):
-    """Brightness, contrast or saturation, whichever each picture has: factor * x + (1 - factor) * other,
-    clamped to [0, 1]. The other picture is black, or the mean luma where to_mean is 1, or the luma
-    where to_gray is 1. All three are float [B, 1, 1, 1]; a factor of 1 leaves x as it is, bit for bit."""
-    gray = grayscale(x)
-    other = torch.addcmul(to_mean * gray.mean(dim=(2, 3), keepdim=True), to_gray, gray)
-    return torch.lerp(other, x, factor).clamp_(0, 1)
+def change_colors(x, matrix, bias, out=None):
+    """A color matrix for each picture: x float [B, 3, H, W], matrix [B, 3, 3], bias [B, 3] -> [B, 3, H, W].
+    out: where to put it, contiguous, on the CPU only."""
+    if in_eager_cpu(x):
+        out = torch.empty_like(x) if out is None else out
+        torch.baddbmm(bias[:, :, None], matrix, x.flatten(2), out=out.flatten(2))
+        return out
+    matrix, bias = matrix[..., None, None], bias[..., None, None]
+    r, g, b = x.unbind(1)
+    return torch.stack([
+        matrix[:, i, 0] * r + matrix[:, i, 1] * g + matrix[:, i, 2] * b + bias[:, i] for i in range(3)
+    ], dim=1)
+
+
+def mean_luma(x):
+    """The luma of float pictures [B, 3, H, W], as torchvision's rgb_to_grayscale, averaged over the picture: [B]."""
+    means = x.mean(dim=(2, 3))
+    return LUMA[0] * means[:, 0] + LUMA[1] * means[:, 1] + LUMA[2] * means[:, 2]
+
+
+def luma_matrix(device):
+    """The matrix [3, 3] that makes every channel the luma."""
+    return torch.stack([torch.full((3,), share, device=device) for share in LUMA], dim=1)
+
+
+def blends(draws):
+    """Brightness, contrast and saturation of each picture, in its order: three color matrices [3, B, 3, 3] and how
+    much of the picture's mean luma each adds [3, B].
+
+    All three are factor * x + (1 - factor) * other: the other is black, the mean luma, or the luma. Where the
+    colors are not jittered they leave x as it is, bit for bit.
+    """
+    device = draws.order.device
+    i = torch.arange(3, device=device)[:, None]
+    place = i + (hue_slots(draws) <= i)                                         # in the order, without the hue shift
+    operation = draws.order.T.gather(0, place)                                  # [3, B]
+    factor = torch.where(draws.jitter, draws.factors.T.gather(0, operation), 1.0)
+    of_luma, of_mean = ((1 - factor) * (operation == other) for other in (SATURATION, CONTRAST))
+    eye = torch.eye(3, device=device)
+    return factor[..., None, None] * eye + of_luma[..., None, None] * luma_matrix(device), of_mean
+
+
+def blend(x, matrix, of_mean):
+    """One of the blends for each picture: x [B, 3, H, W], matrix [B, 3, 3], of_mean [B]; clamped to [0, 1]."""
+    bias = (of_mean * mean_luma(x))[:, None].expand(-1, 3)
+    return change_colors(x, matrix, bias).clamp_(0, 1)
 
 
 def shift_hue(x, turns):
-    """Turn the hue of float pictures [B, 3, H, W] in [0, 1] by turns [B, 1, 1, 1] of the color circle.
+    """Turn the hue of float pictures [B, 3, H, W] in [0, 1] by turns [B] of the color circle.
 
-    HSV exactly: the largest and the smallest channel value stay. With the hue h in sixths of the circle, red
-    stands at clamp(|h - 3| - 1, 0, 1) of the way from the smallest to the largest, green at
-    clamp(2 - |h - 2|, 0, 1), blue at clamp(2 - |h - 4|, 0, 1).
+    HSV exactly: the largest and the smallest channel value stay. In sixths of the circle and counted from cyan, the
+    hue is 2 + (r - g - b + smallest) / chroma towards blue, or as much the other way where green exceeds blue. Red
+    then stands at clamp(|hue| - 1, 0, 1) of the way from the smallest to the largest, green at
+    clamp(2 - |hue + 1|, 0, 1), blue at clamp(2 - |hue - 1|, 0, 1).
     """
     r, g, b = x.split(1, dim=1)
-    largest = x.amax(dim=1, keepdim=True)
-    smallest = x.amin(dim=1, keepdim=True)
-    chroma = largest - smallest
-    scale = 1 / chroma.clamp(min=1e-12)  # gray pixels, without chroma, have differences of 0
-    hue = torch.where(
-        largest == r, (g - b) * scale,
-        torch.where(largest == g, (b - r) * scale + 2, (r - g) * scale + 4),
-    )
-    hue = torch.remainder(hue + 6 * turns, 6)
-    position = torch.cat([(hue - 3).abs() - 1, 2 - (hue - 2).abs(), 2 - (hue - 4).abs()], dim=1)
+    smallest = torch.minimum(torch.minimum(r, g), b)
+    chroma = torch.maximum(torch.maximum(r, g), b) - smallest
+    hue = (r - g).sub_(b - smallest).div_(chroma.clamp(min=1e-12)).add_(2)  # gray pixels: 2, and no chroma to show it
+    hue = torch.copysign(hue, b - g).add_(6 * turns.view(-1, 1, 1, 1))
+    hue = torch.sub(hue, (hue * (1 / 6)).round_(), alpha=6)
+    position = torch.cat([
+        hue.abs().sub_(1), torch.rsub((hue + 1).abs_(), 2), torch.rsub((hue - 1).abs_(), 2),
+    ], dim=1)
     return torch.addcmul(smallest, chroma, position.clamp_(0, 1))
 
 
-def color_jitter(x, draws, hue_slot=None):
-    """ColorJitter with probability, every picture in its own order: float [B, 3, H, W] in [0, 1] -> same.
-
-    Brightness, contrast and saturation are one blend with different partners, so three blends before
-    the hue shift and three after it hold all 24 orders: a picture takes each of its three at the
-    side of the hue shift where it belongs and passes the other side with factor 1.
-    hue_slot: where it is known that all pictures shift the hue in this slot of their order (0 .. 3),
-    the sides that none takes are left out.
-    """
-    def per_image(values):
-        return values.to(x.dtype).view(-1, 1, 1, 1)
-
-    neutral = (torch.arange(4, device=x.device) != HUE).to(x.dtype)              # a factor of 1, a shift of 0
-    factors = torch.where(draws.jitter[:, None], draws.factors, neutral)
-    slots = hue_slots(draws)
-    for after_hue in (False, True):
-        if after_hue:
-            x = shift_hue(x, per_image(factors[:, HUE]))
-        for i in range(3):
-            if hue_slot is not None and (hue_slot <= i) != after_hue:
-                continue
-            later = slots <= i                                                   # the i-th blend follows the hue
-            operation = draws.order.gather(1, (i + later.long())[:, None])       # [B, 1]
-            factor = torch.where(later == after_hue, factors.gather(1, operation)[:, 0], 1.0)
-            x = blend(x, per_image(factor), per_image(operation == CONTRAST), per_image(operation == SATURATION))
-    return x
+def hue_turns(draws):
+    """By how much of the color circle each picture's hue turns: [B]."""
+    return torch.where(draws.jitter, draws.factors[:, HUE], 0.0)
 
 
 def hue_slots(draws):
@@ -205,30 +220,83 @@ def hue_slots(draws):
     return (draws.order == HUE).int().argmax(dim=1)
 
 
-def finish(x, draws):
-    """Grayscale with probability, then normalization: float [B, 3, H, W] in [0, 1] -> the views."""
-    return normalize(torch.lerp(x, grayscale(x), draws.gray.to(x.dtype).view(-1, 1, 1, 1)))
+def color_jitter(x, draws):
+    """ColorJitter with probability, every picture in its own order: float [B, 3, H, W] in [0, 1] -> same.
+
+    Three blends before the hue shift and three after it hold all 24 orders: a picture takes each of its three
+    at the side of the hue shift where it belongs and passes the other side unchanged.
+    """
+    matrices, of_mean = blends(draws)
+    slots = hue_slots(draws)
+    unchanged = torch.eye(3, device=x.device)
+
+    def side(x, takes):
+        for i in range(3):
+            mine = takes(i)
+            x = blend(x, torch.where(mine[:, None, None], matrices[i], unchanged), of_mean[i] * mine)
+        return x
+
+    x = side(x, lambda i: i < slots)
+    x = shift_hue(x, hue_turns(draws))
+    return side(x, lambda i: i >= slots)
+
+
+def finishing(draws):
+    """Grayscale with probability, then normalization by MEAN and STD: color matrices [B, 3, 3] and biases [B, 3]."""
+    device = draws.gray.device
+    colors = torch.where(draws.gray[:, None, None], luma_matrix(device), torch.eye(3, device=device))
+    matrix = torch.stack([colors[:, i] / STD[i] for i in range(3)], dim=1)
+    bias = torch.stack([torch.full(draws.gray.shape, -MEAN[i] / STD[i], device=device) for i in range(3)], dim=1)
+    return matrix, bias
 
 
 def apply_views(images, draws):
     """Make the views: uint8 pictures [B, 3, H, W] and their Draws (B rows, same device) -> normalized
     float32 views [B, 3, 32, 32]. Pure, batched, without host synchronization; torch.compile takes it whole."""
-    if images.device.type == "cpu" and not torch.compiler.is_compiling():
+    if in_eager_cpu(images):
         return apply_views_cpu(images, draws)
-    return finish(color_jitter(crop_flip(images, draws), draws), draws)
+    return change_colors(color_jitter(crop_flip(images, draws), draws), *finishing(draws))
+
+
+def apply_two_views(images, draws1, draws2):
+    """Both views of each picture, from their Draws: two tensors as apply_views makes them. Making them together takes
+    half as many operations, which is what small batches wait for."""
+    draws = Draws(*(torch.cat(fields) for fields in zip(draws1, draws2)))
+    return apply_views(torch.cat((images, images)), draws).chunk(2)
 
 
 def apply_views_cpu(images, draws):
-    """The same for the CPU, several times as fast: a hundred or so pictures at a time stay in the cache from one
-    operation to the next, and pictures with the hue shift in the same slot go together through fewer blends."""
-    views = torch.empty(len(images), 3, SIZE, SIZE)
+    """The same for the CPU, several times as fast: some hundred pictures at a time stay in the cache from one operation
+    to the next, and those that shift the hue in the same slot go together through the three blends that they need."""
     unjittered = 4
     slots = torch.where(draws.jitter, hue_slots(draws), unjittered)
-    for slot in range(5):
-        for rows in (slots == slot).nonzero()[:, 0].split(CPU_CHUNK):
-            part = draws.rows(rows)
-            x = crop_flip(images[rows], part)
-            if slot != unjittered:
-                x = color_jitter(x, part, slot)
-            views[rows] = finish(x, part)
+    views = torch.empty(len(images), 3, SIZE, SIZE)
+    for start in range(0, len(images), CPU_CHUNK):
+        chunk = slice(start, start + CPU_CHUNK)
+        order = slots[chunk].argsort()
+        made = make_sorted_views(images[chunk].index_select(0, order), draws.rows(chunk).rows(order), slots[chunk].bincount())
+        torch.index_select(made, 0, order.argsort(), out=views[chunk])
+    return views
+
+
+def make_sorted_views(images, draws, counts):
+    """The views of pictures in the order of their slots, the first counts[0] with the hue shift in slot 0 and so on;
+    slot 4 stands for no jitter."""
+    matrices, of_mean = blends(draws)
+    turns = hue_turns(draws)
+    matrix, bias = finishing(draws)
+    crops = crop_flip(images, draws)
+    views = torch.empty_like(crops)
+    start = 0
+    for slot, count in enumerate(counts.tolist()):
+        rows = slice(start, start + count)
+        start += count
+        x = crops[rows]
+        if slot < 4:
+            for i in range(slot):
+                x = blend(x, matrices[i, rows], of_mean[i, rows])
+            x = shift_hue(x, turns[rows])
+            for i in range(slot, 3):
+                x = blend(x, matrices[i, rows], of_mean[i, rows])
+        change_colors(x, matrix[rows], bias[rows], out=views[rows])
     return views

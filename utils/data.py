@@ -102,7 +102,7 @@ def batches(images, order, batch_size, device):
     """
     if images.device == device:
         for chosen in order.split(batch_size):
-            yield images[chosen]
+            yield images.index_select(0, chosen)
     else:
         for chosen in order.cpu().split(SLICE * batch_size):
             slice_images = torch.empty(len(chosen), *images.shape[1:], dtype=images.dtype, pin_memory=device.type == "cuda")
