@@ -97,7 +97,7 @@ class Benchmark:
 
     def __init__(self, settings, rounds, bar):
         self.settings, self.rounds, self.bar = settings, rounds, bar
-        self.seconds = 1.5 if settings["device"] != "cpu" else 3.0  # aimed at for a measurement
+        self.seconds = 1.5 if settings["device"] != "cpu" else 2.0  # aimed at for a measurement
         self.rows = []
 
     def add(self, what, pipeline, values, **extra):
@@ -137,7 +137,10 @@ class Benchmark:
         """How many batches take about self.seconds. The first call compiles what there is to compile."""
         if self.settings["device"] != "cpu":
             self.measure(worker, what, 2)
-        return max(1, round(self.seconds / self.measure(worker, what, 1)))
+        count = 1
+        while (seconds := self.measure(worker, what, count)) < self.seconds / 4:
+            count *= 4
+        return max(1, round(count * self.seconds / seconds))
 
     def rates(self, workers, whats, extra):
         """Take turns; workers is {name: Worker}, extra {name: what its rows have besides}."""
@@ -164,7 +167,7 @@ class Benchmark:
         if "memory" in whats:
             for name in PIPELINES:
                 if not rates:
-                    self.measure(workers[name], "end_to_end", 2)
+                    self.measure(workers[name], "end_to_end", 1)
                 self.add("memory", name, [self.measure(workers[name], "memory")])
         if "knn" in whats:
             values = {name: [] for name in PIPELINES}
