@@ -24,7 +24,7 @@ from utils import checkpoint, log, plot
 from utils.augment import apply_two_views, draw_views, epoch_generator
 from utils.cli import Parser, real_number, run, whole_number
 from utils.data import DATASETS, batches, load_dataset
-from utils.device import autocast, describe, select_device, select_precision
+from utils.device import autocast, describe, memory_layout, select_device, select_precision
 from utils.graph import GraphedStep, set_rate
 from utils.knn import knn_accuracy
 from utils.run import CHECKPOINT, find_resumed, new_run_folder, resumed_settings, write_config
@@ -78,17 +78,18 @@ def make_parser():
 # One training step
 
 
-def make_train_step(model, optimizer, scaler, precision_context, compiled):
+def make_train_step(model, optimizer, scaler, precision_context, compiled, layout=torch.channels_last):
     """The step as a function: images uint8 [B, 3, H, W] and the Draws of both views -> loss and std, on the device.
 
-    precision_context makes the autocast context; scaler is a GradScaler, enabled for fp16 only.
+    precision_context makes the autocast context; scaler is a GradScaler, enabled for fp16 only; layout is the
+    memory format of the views and the model.
     """
 
     def views_to_loss(images, draws1, draws2):
         views = apply_two_views(images, draws1, draws2)
-        x1, x2 = (x.contiguous(memory_format=torch.channels_last) for x in views)  # [B, 3, 32, 32] each
+        x1, x2 = (x.contiguous(memory_format=layout) for x in views)  # [B, 3, 32, 32] each
         with precision_context():
-            p1, p2, z1, z2 = model(x1, x2)                                         # [B, dim] each
+            p1, p2, z1, z2 = model(x1, x2)                            # [B, dim] each
         return simsiam_loss(p1, p2, z1, z2), feature_std(z1)
 
     if compiled:
@@ -147,7 +148,8 @@ def pretrain(args, device, data, model, folder, state, stop):
     """Train from `state` (a checkpoint; None: from the start) to the last epoch, or until `stop`, a
     StopRequest, has a signal. Returns the exit code."""
     precision_context = autocast(device, args.precision)
-    model.to(device, memory_format=torch.channels_last)
+    layout = memory_layout(device, args.width, args.batch_size)
+    model.to(device, memory_format=layout)
     optimizer = torch.optim.SGD(
         model.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay, fused=True
     )
@@ -157,7 +159,8 @@ def pretrain(args, device, data, model, folder, state, stop):
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
     train_step = make_train_step(
-        model, optimizer, scaler, precision_context, device.type == "cuda" if args.compile is None else args.compile
+        model, optimizer, scaler, precision_context,
+        device.type == "cuda" if args.compile is None else args.compile, layout,
     )
     if args.cuda_graph:
         train_step = GraphedStep(train_step, model, optimizer)

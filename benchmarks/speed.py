@@ -29,7 +29,7 @@ import torchvision
 from tqdm import tqdm
 
 from benchmarks.switches import CPU_ONLY, CUDA_ONLY, SWITCHES, default_switches
-from utils.cli import Parser, run, whole_number
+from utils.cli import Parser, real_number, run, whole_number
 from utils.device import describe, select_device
 
 UNITS = {
@@ -50,6 +50,7 @@ def make_parser():
     parser.add_argument("--width", nargs="+", type=whole_number(1), help="channels of the first stage (default: by the device)")
     parser.add_argument("--batch", nargs="+", type=whole_number(2), help="pictures a step (default: by the device)")
     parser.add_argument("--rounds", type=whole_number(1), default=3, help="measurements of each figure")
+    parser.add_argument("--seconds", type=real_number, default=2.0, help="what a measurement of views, step or end_to_end should last")
     parser.add_argument("--switches", action="store_true", help="also measure ours with each optimization turned: " + "; ".join(f"{name}: {text}" for name, text in SWITCHES.items()))
     parser.add_argument("--json", metavar="FILE", help="write the rows")
     parser.add_argument("--profile", metavar="FILE", help="write a profile of our step")
@@ -95,9 +96,8 @@ class Worker:
 class Benchmark:
     """The measurements of one width and batch size; `rows` collects the results."""
 
-    def __init__(self, settings, rounds, bar):
-        self.settings, self.rounds, self.bar = settings, rounds, bar
-        self.seconds = 1.5 if settings["device"] != "cpu" else 2.0  # aimed at for a measurement
+    def __init__(self, settings, rounds, seconds, bar):
+        self.settings, self.rounds, self.seconds, self.bar = settings, rounds, seconds, bar
         self.rows = []
 
     def add(self, what, pipeline, values, **extra):
@@ -258,7 +258,7 @@ def main(argv=None):
                 "device": str(device), "width": width, "batch": batch, "data_root": os.path.abspath(args.data_root),
                 "switches": default_switches(device.type),
             }
-            benchmark = Benchmark(settings, args.rounds, bar)
+            benchmark = Benchmark(settings, args.rounds, args.seconds, bar)
             ours = benchmark.run(whats, cores)
             if "step" in whats:
                 rate = next(row["median"] for row in benchmark.rows if row["what"] == "step" and row["pipeline"] == "ours")

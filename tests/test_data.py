@@ -8,7 +8,7 @@ import torch
 import torchvision
 
 from utils.augment import MEAN, STD
-from utils.data import load_dataset
+from utils.data import SLICE, batches, load_dataset
 from utils.shapes import draw_shapes
 
 CPU = torch.device("cpu")
@@ -86,3 +86,45 @@ def test_shapes_as_a_data_set(shapes):
     assert len(shapes.classes) == 10 and shapes.test_labels.dtype == torch.int64
     again = load_dataset("shapes", None, CPU, 20, 10)
     assert torch.equal(again.train_images, shapes.train_images[:20])
+
+
+def feed(images, order, device):
+    return list(batches(images, order, 8, device))
+
+
+def test_batches_are_the_pictures_in_order(shapes):
+    order = torch.randperm(1000)[:100]
+    parts = feed(shapes.train_images, order, CPU)
+    assert [len(part) for part in parts] == [8] * 12 + [4]
+    assert torch.equal(torch.cat(parts), shapes.train_images[order])
+
+
+def test_pictures_on_the_host_come_in_slices(shapes, monkeypatch):
+    """The way of a data set too large for the device, with the CPU in the device's part: a torch.device that does not
+    compare equal, as the GPU's does not."""
+    sent = []
+    usual = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **options: sent.append(len(self)) or usual(self, *args, **options))
+    order = torch.randperm(1000)[:SLICE * 8 + 20]
+    parts = feed(shapes.train_images, order, torch.device("cpu", 0))
+    assert sent == [SLICE * 8, 20]
+    assert [len(part) for part in parts] == [8] * SLICE + [8, 8, 4]
+    assert torch.equal(torch.cat(parts), shapes.train_images[order])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_pictures_beyond_the_devices_memory_stay_on_the_host(monkeypatch):
+    device = torch.device("cuda", 0)
+    small = load_dataset("shapes", None, device, 300, 10)
+    assert small.train_images.device == device
+    monkeypatch.setattr("utils.data.DEVICE_SHARE", 0.0)
+    large = load_dataset("shapes", None, device, 300, 10)
+    assert large.train_images.device == CPU and large.train_labels.device == device
+    order = torch.randperm(300, device=device)
+    assert torch.equal(torch.cat(feed(large.train_images, order, device)), small.train_images[order])
+
+
+def test_shapes_are_laid_out_as_the_network_reads_them():
+    """So a large set is not held twice: the tensors of load_dataset are draw_shapes' own memory."""
+    images, _ = draw_shapes(30, 0)
+    assert images.shape == (30, 32, 32, 3) and torch.from_numpy(images).permute(0, 3, 1, 2).is_contiguous()

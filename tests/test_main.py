@@ -180,3 +180,9 @@ def test_a_stopped_run_goes_on_exactly(run_main, no_gpu, tmp_path, number):
     assert run_main(*settings, "--exp_dir", tmp_path, "--trial", "whole") == 0
     assert_same_state(tmp_path / "whole", tmp_path / "stopped")
     assert figures(tmp_path / "whole") == figures(tmp_path / "stopped")
+
+
+def test_odd_batches_of_a_narrow_network(tmp_path):
+    """In a process of its own: where torch's channels_last kernels fail, they take the process with them."""
+    command = [sys.executable, "main.py", *SMALL, "--batch_size", "33", "--epochs", "3", "--exp_dir", str(tmp_path)]
+    assert subprocess.run(command, cwd=REPO, capture_output=True).returncode == 0

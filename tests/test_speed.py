@@ -1,0 +1,91 @@
+"""The benchmark: what it measures is what main.py does, and what it writes has the promised form."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import main as pretraining
+import simsiam
+from benchmarks import floor, plain, speed
+from benchmarks.ours import Ours
+from benchmarks.switches import SWITCHES, default_switches
+from conftest import REPO
+from utils.augment import MEAN, STD
+from utils.device import autocast
+
+CPU = torch.device("cpu")
+SETTINGS = {"device": "cpu", "width": 4, "batch": 16, "data_root": "nowhere", "switches": default_switches("cpu")}
+
+
+@pytest.fixture
+def few_pictures(monkeypatch, shapes):
+    monkeypatch.setattr("benchmarks.ours.host_images", lambda settings: shapes.train_images.permute(0, 2, 3, 1).numpy())
+
+
+def test_our_step_is_main_pys(few_pictures, no_gpu, shapes):
+    """Three steps as main.py makes them, on the same pictures with the same draws: the same weights, bit for bit."""
+    ours = Ours(SETTINGS)
+    torch.manual_seed(0)
+    model = simsiam.SimSiam(simsiam.resnet18(4)).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), 0.03, 0.9, weight_decay=5e-4, fused=True)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    step = pretraining.make_train_step(model, optimizer, scaler, autocast(CPU, "fp32"), False)
+    inputs = list(ours.epoch(3))
+    model.train()
+    for given in inputs:
+        step(*given)
+    ours.train(inputs, ours.train_step)
+    for name, value in ours.model.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("name", [name for name in SWITCHES if name not in ("compile", "cuda_graph")])
+def test_every_switch_still_trains(few_pictures, name):
+    switches = {**SETTINGS["switches"], name: not SETTINGS["switches"][name]}
+    ours = Ours({**SETTINGS, "switches": switches})
+    before = ours.model.backbone.conv1.weight.clone()
+    assert ours.end_to_end(2) > 0 and ours.step(1) > 0
+    assert not torch.equal(before, ours.model.backbone.conv1.weight)
+
+
+def test_the_plain_views_are_simsiams():
+    """The yardstick's transforms, as torchvision prints them, have the recipe's numbers."""
+    text = str(plain.TwoViews(None).transform)
+    for part in ("scale=(0.2, 1.0)", "ratio=(0.75, 1.3333)", "brightness=(0.6, 1.4)", "hue=(-0.1, 0.1)", "p=0.8", "Grayscale(p=0.2)",
+                 f"mean={MEAN}", f"std={STD}"):
+        assert part in text
+
+
+def test_floor():
+    """With arithmetic or memory for nothing, the floor is the other alone: 18.9 MB and 3.33 GFLOP a view in bf16."""
+    backbone = simsiam.resnet18()
+    assert floor.seconds_per_view(backbone, 1e30, 1.0, 2) == pytest.approx(18.9e6, rel=0.01)
+    assert floor.seconds_per_view(backbone, 1.0, 1e30, 2) == pytest.approx(3.33e9, rel=0.01)
+
+
+def test_the_command_writes_its_rows(tmp_path):
+    """In a process of its own, at a tiny size: a row for each figure and pipeline, and the table last."""
+    path = tmp_path / "rows.json"
+    command = [
+        sys.executable, "benchmarks/speed.py", "--what", "views", "step", "end_to_end", "memory", "--width", "4", "--batch", "16",
+        "--rounds", "2", "--seconds", "0.2", "--data_root", str(tmp_path), "--json", str(path),
+    ]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
+    rows = json.loads(path.read_text())
+    assert len(rows) == 8
+    for row in rows:
+        assert set(row) == {"what", "pipeline", "width", "batch", "unit", "median", "low", "high", "runs"}
+        assert 0 < row["low"] <= row["median"] <= row["high"] and row["width"] == 4 and row["batch"] == 16
+    assert {(row["what"], row["pipeline"]) for row in rows} == {
+        (what, pipeline) for what in ("views", "step", "end_to_end", "memory") for pipeline in ("plain", "ours")
+    }
+    assert "size: " in done.stdout.splitlines()[0] and "end_to_end" in done.stdout.splitlines()[-2]
+
+
+@pytest.mark.parametrize("args", [["--width", "0"], ["--json", "no/such/rows.json"], ["--gpu", "99"], ["--what", "nothing"]])
+def test_bad_input_is_one_line(args, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        speed.main(args)
+    assert stopped.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
