@@ -16,6 +16,7 @@ from utils.device import DTYPES, autocast, select_precision
 from utils.graph import GraphedStep
 from utils.knn import knn_predict
 
+
 class Ours(Pipeline):
     def __init__(self, settings):
         super().__init__(settings)
@@ -37,6 +38,7 @@ class Ours(Pipeline):
             self.model.parameters(), LEARNING_RATE, 0.9, weight_decay=5e-4, fused=self.on["fused"] or None
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.make_views = torch.compile(apply_two_views, dynamic=False) if self.on["compile"] else apply_two_views
         self.train_step = self.make_step(self.images_to_loss)
         self.network_step = self.make_step(self.views_to_loss)
 
@@ -89,11 +91,9 @@ class Ours(Pipeline):
         self.end_to_end(1)
 
     def views(self, count):
-        make = torch.compile(apply_two_views, dynamic=False) if self.on["compile"] else apply_two_views
-
         def work():
             for inputs in self.epoch(count):
-                make(*inputs)
+                self.make_views(*inputs)
 
         return self.seconds(work)
 
@@ -106,7 +106,7 @@ class Ours(Pipeline):
             return self.seconds(lambda: self.train(self.epoch(count), self.train_step))
         from benchmarks import plain  # here, as others below, so that its import is no part of the start
 
-        pictures, workers = plain.TwoViews(self.pictures), len(os.sched_getaffinity(0)) - 1
+        pictures, workers = plain.TwoViews(self.pictures), (os.cpu_count() or 1) - 1
 
         def use(*views):
             self.train([[x.to(self.device, non_blocking=True) for x in views]], self.network_step)

@@ -6,14 +6,14 @@
 
 On a CUDA GPU it measures the full size (width 64, batch 512), on a CPU a small one, in less than 5 minutes on two cores.
 Each pipeline lives in a process of its own; the measurements take turns. The figures are medians, with the smallest and
-the largest. --switches also measures ours with every optimization turned the other way, next to ours as it is.
+the largest; on CUDA it also says what the step reaches of the GPU's peak. --switches measures besides ours with each
+optimization turned the other way, next to ours as it is.
 
 views         views a second, nothing else done                   step    views a second of the network's step alone
 end_to_end    views a second of training                          knn     seconds of a search, 10,000 in 60,000 features
 start         seconds from nothing to the end of the first step   memory  MiB at the peak of training
 """
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -94,11 +94,10 @@ class Worker:
 
 
 class Benchmark:
-    """The measurements of one width and batch size; `rows` collects the results."""
+    """The measurements of one width and batch size; `keep` takes each row of the results as it comes."""
 
-    def __init__(self, settings, rounds, seconds, bar):
-        self.settings, self.rounds, self.seconds, self.bar = settings, rounds, seconds, bar
-        self.rows = []
+    def __init__(self, settings, rounds, seconds, bar, keep):
+        self.settings, self.rounds, self.seconds, self.bar, self.keep = settings, rounds, seconds, bar, keep
 
     def add(self, what, pipeline, values, **extra):
         row = {
@@ -106,7 +105,9 @@ class Benchmark:
             "unit": UNITS[what], "median": statistics.median(values), "low": min(values), "high": max(values),
             "runs": len(values), **extra,
         }
-        self.rows.append({name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()})
+        row = {name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()}
+        self.keep(row)
+        return row
 
     def launch(self, pipeline, changed=(), **environment):
         switches = {name: value != (name in changed) for name, value in self.settings["switches"].items()}
@@ -143,7 +144,7 @@ class Benchmark:
         return max(1, round(count * self.seconds / seconds))
 
     def rates(self, workers, whats, extra):
-        """Take turns; workers is {name: Worker}, extra {name: what its rows have besides}."""
+        """Take turns; workers is {name: Worker}, extra {name: what its rows have besides}. Returns the medians by name and what."""
         counts = {(name, what): self.calibrate(worker, what) for name, worker in workers.items() for what in whats}
         values = {key: [] for key in counts}
         for i in range(self.rounds):
@@ -152,18 +153,20 @@ class Benchmark:
                     count = counts[name, what]
                     seconds = self.measure(workers[name], what, count)
                     values[name, what].append(2 * self.settings["batch"] * count / seconds)
-        for (name, what), rates in values.items():
-            if name in extra:
-                self.add(what, workers[name].pipeline, rates, **extra[name])
+        return {
+            (name, what): self.add(what, workers[name].pipeline, rates, **extra[name])["median"]
+            for (name, what), rates in values.items()
+        }
 
     def run(self, whats, cores):
         """Measure; returns ours, still running."""
         workers = self.start() if "start" in whats else {name: self.launch(name) for name in PIPELINES}
         rates = [what for what in RATES if what in whats]
         if rates:
-            candidates = sorted({0, 1, cores} if cores <= 4 else {cores // 2, cores - 1, cores})
-            print(f"plain: as many loader workers as help: {self.measure_workers(workers['plain'], candidates)}")
-            self.rates(workers, rates, dict.fromkeys(PIPELINES, {}))
+            self.choose_workers(workers["plain"], [what for what in rates if what != "step"], cores)
+            medians = self.rates(workers, rates, dict.fromkeys(PIPELINES, {}))
+            if "step" in rates and self.settings["device"] != "cpu":
+                print_limits(self.settings, workers["ours"].call("limits"), medians["ours", "step"])
         if "memory" in whats:
             for name in PIPELINES:
                 if not rates:
@@ -179,9 +182,14 @@ class Benchmark:
         workers["plain"].close()
         return workers["ours"]
 
-    def measure_workers(self, worker, candidates):
-        self.bar.set_description("plain chooses its workers")
-        return worker.call("choose_workers", candidates, 2 if self.settings["device"] == "cpu" else 10)
+    def choose_workers(self, worker, whats, cores):
+        """Let the plain pipeline find out how many loader workers help."""
+        candidates = sorted({0, 1, cores} if cores <= 4 else {0, cores // 2, cores - 1, cores})
+        for what in whats:
+            self.bar.set_description("plain chooses its workers")
+            rates = worker.call("choose_workers", what, candidates, 2 if self.settings["device"] == "cpu" else 10)
+            listed = ", ".join(f"{rate:,.0f} with {number}" for number, rate in zip(candidates, rates))
+            tqdm.write(f"plain {what}, views/s by the number of loader workers: {listed}")
 
     def run_switches(self, ours, names):
         """Each switch turned, taking turns with ours as it is."""
@@ -189,12 +197,11 @@ class Benchmark:
             turned = self.launch("ours", [name])
             text = f"{name} {'off' if self.settings['switches'][name] else 'on'}"
             whats = [what for what in ("step", "end_to_end") if not (what == "step" and name in ("resident", "batched"))]
-            before = len(self.rows)
-            self.rates({"ours": ours, "turned": turned}, whats, {"ours": {"switch": f"beside {text}"}, "turned": {"switch": text}})
+            medians = self.rates({"ours": ours, "turned": turned}, whats, {"ours": {"switch": f"beside {text}"}, "turned": {"switch": text}})
             turned.close()
             for what in whats:
-                base, other = (row for row in self.rows[before:] if row["what"] == what)
-                tqdm.write(f"{text}: {what} {other['median']:,.0f} views/s, as it is {base['median']:,.0f}: {other['median'] / base['median']:.3f} times")
+                other, base = medians["turned", what], medians["ours", what]
+                tqdm.write(f"{text}: {what} {other:,.0f} views/s, as it is {base:,.0f}: {other / base:.3f} times")
         compiles = self.settings["switches"]["compile"]
         with tempfile.TemporaryDirectory() as cache:
             for text, on in (("compile on, empty cache", True), ("compile on, filled cache", True), ("compile off", False)):
@@ -204,15 +211,16 @@ class Benchmark:
                 worker.close()
 
 
-def print_limits(limits, rate, device):
-    """What the step reaches of what the device can do."""
+def print_limits(settings, limits, rate):
+    """What the step reaches of what a GPU can do. Not on CPUs: their matrix product is another library's than their
+    convolution, and no bound of it."""
     flops = rate * limits["flop_per_view"]
-    print(
-        f"step: {flops / 1e12:.3g} TFLOP/s, {100 * flops / limits['flops']:.1f} % of the measured {limits['precision']} matrix product "
+    tqdm.write(
+        f"step at width {settings['width']}, batch {settings['batch']}: {flops / 1e12:.3g} TFLOP/s, {100 * flops / limits['flops']:.1f} % of the measured {limits['precision']} matrix product "
         f"({limits['flops'] / 1e12:.4g} TFLOP/s); copies {limits['bandwidth'] / 1e9:,.0f} GB/s"
     )
     floor = limits["floor_per_view"]
-    print(
+    tqdm.write(
         f"floor: {1 / floor:,.0f} views/s, {EPOCH_VIEWS * floor:.2f} s an epoch of CIFAR-10; "
         f"the step takes {1 / (rate * floor):.2f} times that, {EPOCH_VIEWS / rate:.2f} s"
     )
@@ -252,26 +260,26 @@ def main(argv=None):
     print(f"{size}: {describe(device)}, {cores} cores, torch {torch.__version__}, torchvision {torchvision.__version__}")
 
     rows = []
+
+    def keep(row):
+        rows.append(row)
+        if args.json:
+            with open(args.json, "w") as file:
+                json.dump(rows, file, indent=1)
+
     with parser.user_errors(), tqdm(unit="", bar_format="{n} [{elapsed}] {desc}", disable=None, leave=False) as bar:
         for width, batch, whats in plan:
             settings = {
                 "device": str(device), "width": width, "batch": batch, "data_root": os.path.abspath(args.data_root),
                 "switches": default_switches(device.type),
             }
-            benchmark = Benchmark(settings, args.rounds, args.seconds, bar)
+            benchmark = Benchmark(settings, args.rounds, args.seconds, bar, keep)
             ours = benchmark.run(whats, cores)
-            if "step" in whats:
-                rate = next(row["median"] for row in benchmark.rows if row["what"] == "step" and row["pipeline"] == "ours")
-                print_limits(ours.call("limits"), rate, device)
             if args.profile:
                 ours.call("profile", os.path.abspath(args.profile))
             if args.switches:
                 benchmark.run_switches(ours, [name for name in SWITCHES if name not in (CUDA_ONLY if device.type == "cpu" else CPU_ONLY)])
             ours.close()
-            rows += benchmark.rows
-            if args.json:
-                with open(args.json, "w") as file:
-                    json.dump(rows, file, indent=1)
     print_table(rows)
     return 0
 

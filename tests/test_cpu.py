@@ -20,7 +20,7 @@ if {prepared}:
 def use():
     tensors = [torch.ones(12 << 20) for _ in range(3)]
 
-for _ in range(4):
+for _ in range(20):  # until the heap has found its shape: 3 to 5 times here
     use()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(4):

@@ -65,6 +65,17 @@ def test_floor():
     assert floor.seconds_per_view(backbone, 1.0, 1e30, 2) == pytest.approx(3.33e9, rel=0.01)
 
 
+def test_limits(few_pictures, monkeypatch):
+    """The arithmetic is counted: 3.33 GFLOP a view at width 64, and 1 to 2 % for the heads."""
+    monkeypatch.setattr(floor, "matmul_peak", lambda *args: 8e14)
+    monkeypatch.setattr(floor, "copy_bandwidth", lambda *args: 3e12)
+    limits = Ours({**SETTINGS, "width": 64}).limits()
+    assert 3.33e9 * 1.005 < limits["flop_per_view"] < 3.33e9 * 1.025
+    bf16 = floor.seconds_per_view(simsiam.resnet18(), 8e14, 3e12, 2)
+    assert bf16 == pytest.approx(0.836 / 100_000, rel=0.01)  # the arithmetic done by hand: 0.84 s an epoch
+    assert bf16 < limits["floor_per_view"] < 2 * bf16        # float32 here: twice the bytes, the same arithmetic
+
+
 def test_the_command_writes_its_rows(tmp_path):
     """In a process of its own, at a tiny size: a row for each figure and pipeline, and the table last."""
     path = tmp_path / "rows.json"

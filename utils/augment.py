@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 MEAN = (0.4914, 0.4822, 0.4465)  # of the CIFAR-10 training pixels, per channel, in [0, 1]
 STD = (0.2470, 0.2435, 0.2616)
@@ -109,37 +110,56 @@ def normalize(images):
     return torch.cat([(images[:, i:i + 1] - MEAN[i]) / STD[i] for i in range(3)], dim=1)
 
 
+def in_eager_cpu(x):
+    """Whether operations run one by one on the CPU. On CUDA, and when compiled, they fuse best where they are plain
+    arithmetic; on a CPU one by one, a single operation for much of it instead saves many passes over memory."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def pixel_centers(start, length, flip=None):
+    """Where the centers of the output's SIZE pixels lie in a line of pixels, from its beginning, if pixels
+    start .. start + length become those SIZE: float32 [B, SIZE]. Where flip (bool [B]) is true they are mirrored."""
+    out = torch.arange(SIZE, device=start.device) + 0.5
+    if flip is not None:
+        out = torch.where(flip[:, None], SIZE - out, out)
+    return start.float()[:, None] + out.expand(len(start), SIZE) * (length.float()[:, None] / SIZE)
+
+
 def resampling_weights(start, length, size_in, flip=None):
     """Weights [B, SIZE, size_in] that resize pixels start .. start + length of a line to SIZE pixels.
 
     Bilinear, antialiased where it shrinks. Pixels outside the crop have weight 0 and the rest is
     scaled to sum 1, as PIL does. Where flip (bool [B]) is true the output is mirrored.
     """
-    out = torch.arange(SIZE, device=start.device) + 0.5
-    if flip is not None:
-        out = torch.where(flip[:, None], SIZE - out, out)
+    center = pixel_centers(start, length, flip)[:, :, None]               # [B, SIZE, 1]
     start, length = start.float()[:, None, None], length.float()[:, None, None]
-    scale = length / SIZE
-    center = start + out.expand(len(start), SIZE)[:, :, None] * scale     # [B, SIZE, 1]
     pixel = torch.arange(size_in, device=start.device) + 0.5              # [size_in]
-    weight = torch.rsub((pixel - center).abs_().mul_(1 / scale.clamp(min=1)), 1).clamp_(min=0)
+    weight = torch.rsub((pixel - center).abs_().mul_(1 / (length / SIZE).clamp(min=1)), 1).clamp_(min=0)
     weight.mul_((pixel > start) & (pixel < start + length))
     return weight.div_(weight.sum(dim=2, keepdim=True))
+
+
+def sampling_places(start, length, size_in, flip=None):
+    """What resampling_weights says where nothing shrinks, as places for F.grid_sample, for which a line reaches from -1
+    to 1: [B, SIZE]. None is beyond the center of the crop's first or last pixel, so that no pixel outside counts."""
+    center = pixel_centers(start, length, flip)
+    center = center.clamp(start[:, None] + 0.5, (start + length)[:, None] - 0.5)
+    return center * (2 / size_in) - 1
 
 
 def crop_flip(images, draws):
     """Crop, resize and flip: uint8 [B, 3, H, W] -> float32 [B, 3, SIZE, SIZE] in [0, 1], but for rounding."""
     b, c, h, w = images.shape
+    if in_eager_cpu(images) and h <= SIZE and w <= SIZE:
+        # No crop shrinks: each pixel lies between two by two of the picture's. Twice as fast as the products.
+        places = torch.empty(b, SIZE, SIZE, 2)
+        places[..., 0] = sampling_places(draws.left, draws.width, w, draws.flip)[:, None, :]
+        places[..., 1] = sampling_places(draws.top, draws.height, h)[:, :, None]
+        return F.grid_sample(images.float().mul_(1 / 255), places, padding_mode="border", align_corners=False)
     rows = resampling_weights(draws.top, draws.height, h)
     columns = resampling_weights(draws.left, draws.width, w, draws.flip)
     x = torch.bmm(images.float().view(b, c * h, w), columns.transpose(1, 2))     # [B, 3 * H, SIZE]
     return torch.matmul(rows[:, None] / 255, x.view(b, c, h, SIZE))
-
-
-def in_eager_cpu(x):
-    """Whether operations run one by one on the CPU. On CUDA, and when compiled, they fuse best where they are plain
-    arithmetic; on a CPU one by one, a matrix product instead saves many passes over memory."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def change_colors(x, matrix, bias, out=None):

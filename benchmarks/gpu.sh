@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Everything that needs a CUDA GPU to be measured, in about a quarter of an hour of one:
+#
+#     bash benchmarks/gpu.sh OUT [DATA_ROOT [PART...]]
+#
+# OUT gets what each part prints, and the rows of the benchmarks. A part that fails does not stop the next.
+#   main      four epochs of main.py, kNN after the last
+#   graph     the same with --cuda_graph
+#   speed     the benchmark at full size, and a profile of the step
+#   switches  the step and the training with each optimization turned
+#   memory    for batches of 128, 256, 512 and 1024
+#   tests     all of them, with pytest
+set -uo pipefail
+OUT=${1:?usage: bash benchmarks/gpu.sh OUT [DATA_ROOT [PART...]]}
+DATA=${2:-data}
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+DATA=$(cd "$DATA" && pwd) || exit 2
+PARTS=${*:3}
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+
+part() {  # name, command...: its output in OUT/name.txt, its time and exit status on the terminal
+    local name=$1 start=$SECONDS
+    shift
+    case " ${PARTS:-$name} " in *" $name "*) ;; *) return ;; esac
+    "$@" > "$OUT/$name.txt" 2>&1
+    echo "$name: exit status $?, $((SECONDS - start)) s"
+    tail -n 3 "$OUT/$name.txt"
+}
+
+train() {  # name, options...: a short run, whose log comes to OUT
+    local name=$1
+    shift
+    "$PYTHON" main.py --gpu 0 --data_root "$DATA" --epochs 4 --eval_freq 4 --exp_dir "$OUT/runs" --trial "$name" "$@" &&
+        cp "$OUT/runs/$name/log.jsonl" "$OUT/$name-log.jsonl"
+}
+
+speed() {
+    "$PYTHON" benchmarks/speed.py --gpu 0 --data_root "$DATA" "$@"
+}
+
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv > "$OUT/gpu.csv"
+part main train main
+part graph train graph --cuda_graph
+part speed speed --json "$OUT/speed.json" --profile "$OUT/profile.txt"
+part switches speed --what step end_to_end --seconds 1 --switches --json "$OUT/switches.json"
+part memory speed --what memory --width 64 --batch 128 256 512 1024 --json "$OUT/memory.json"
+part tests "$PYTHON" -m pytest -q -rs tests
+rm -rf "$OUT/runs"
