@@ -59,9 +59,9 @@ def make_parser():
 
     device = parser.add_argument_group("device")
     device.add_argument("--gpu", type=int, metavar="N", help="number of the CUDA GPU (default: the first one, else the CPU)")
-    device.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="auto: bf16 or fp16 by the GPU, fp32 on the CPU")
+    device.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="auto: bf16 or fp16 by the GPU, fp32 on the CPU (on newer GPUs fp32 has PyTorch's default, TF32 in the convolutions)")
     device.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the views and the forward pass (default: on with CUDA, off on the CPU)")
-    device.add_argument("--cuda_graph", action="store_true", help="replay each step as one CUDA graph")
+    device.add_argument("--cuda_graph", action=argparse.BooleanOptionalAction, default=False, help="replay each step as one CUDA graph")
     device.add_argument("--deterministic", action="store_true", help="bit-reproducible on CUDA too, slower")
 
     folder = parser.add_argument_group("run")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA GPU to be measured, in about a quarter of an hour of one:
+# Everything that needs a CUDA GPU to be measured, in an estimated half hour of one:
 #
 #     bash benchmarks/gpu.sh OUT [DATA_ROOT [PART...]]
 #
@@ -7,9 +7,11 @@
 #   main      four epochs of main.py, kNN after the last
 #   graph     the same with --cuda_graph
 #   speed     the benchmark at full size, and a profile of the step
-#   switches  the step and the training with each optimization turned
+#   switches-data  training with the optimizations of the data and of the loop turned, one at a time
+#   switches-code  the step and training with those of the arithmetic turned; the start with and without compilation
 #   memory    for batches of 128, 256, 512 and 1024
 #   tests     all of them, with pytest
+# Where a command may not last that long: the parts one by one.
 set -uo pipefail
 OUT=${1:?usage: bash benchmarks/gpu.sh OUT [DATA_ROOT [PART...]]}
 DATA=${2:-data}
@@ -32,7 +34,7 @@ part() {  # name, command...: its output in OUT/name.txt, its time and exit stat
 train() {  # name, options...: a short run, whose log comes to OUT
     local name=$1
     shift
-    "$PYTHON" main.py --gpu 0 --data_root "$DATA" --epochs 4 --eval_freq 4 --exp_dir "$OUT/runs" --trial "$name" "$@" &&
+    TORCH_LOGS=graph_breaks,recompiles "$PYTHON" main.py --gpu 0 --data_root "$DATA" --epochs 4 --eval_freq 4 --exp_dir "$OUT/runs" --trial "$name" "$@" &&
         cp "$OUT/runs/$name/log.jsonl" "$OUT/$name-log.jsonl"
 }
 
@@ -44,7 +46,8 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv > "$OUT/gpu
 part main train main
 part graph train graph --cuda_graph
 part speed speed --json "$OUT/speed.json" --profile "$OUT/profile.txt"
-part switches speed --what step end_to_end --seconds 1 --switches --json "$OUT/switches.json"
+part switches-data speed --seconds 1 --switches resident batched async --json "$OUT/switches-data.json"
+part switches-code speed --seconds 1 --switches channels_last low_precision compile fused cuda_graph --json "$OUT/switches-code.json"
 part memory speed --what memory --width 64 --batch 128 256 512 1024 --json "$OUT/memory.json"
 part tests "$PYTHON" -m pytest -q -rs tests
 rm -rf "$OUT/runs"

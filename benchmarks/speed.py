@@ -2,17 +2,18 @@
 
     python benchmarks/speed.py
     python benchmarks/speed.py --what memory --width 64 --batch 128 256 512 1024 --json FILE
-    python benchmarks/speed.py --switches
+    python benchmarks/speed.py --switches compile fused
 
 On a CUDA GPU it measures the full size (width 64, batch 512), on a CPU a small one, in less than 5 minutes on two cores.
 Each pipeline lives in a process of its own; the measurements take turns. The figures are medians, with the smallest and
-the largest; on CUDA it also says what the step reaches of the GPU's peak. --switches measures besides ours with each
-optimization turned the other way, next to ours as it is.
+the largest; on CUDA it also says what the step reaches of the GPU's peak. With --switches it measures, instead of the plain
+pipeline, ours with each optimization turned the other way next to ours as it is.
 
 views         views a second, nothing else done                   step    views a second of the network's step alone
 end_to_end    views a second of training                          knn     seconds of a search, 10,000 in 60,000 features
-start         seconds from nothing to the end of the first step   memory  MiB at the peak of training
+start         seconds from nothing to the end of the first step   memory  MiB at the peak of a training step
 """
+import contextlib
 import json
 import os
 import statistics
@@ -51,7 +52,11 @@ def make_parser():
     parser.add_argument("--batch", nargs="+", type=whole_number(2), help="pictures a step (default: by the device)")
     parser.add_argument("--rounds", type=whole_number(1), default=3, help="measurements of each figure")
     parser.add_argument("--seconds", type=real_number, default=2.0, help="what a measurement of views, step or end_to_end should last")
-    parser.add_argument("--switches", action="store_true", help="also measure ours with each optimization turned: " + "; ".join(f"{name}: {text}" for name, text in SWITCHES.items()))
+    parser.add_argument(
+        "--switches", nargs="*", choices=SWITCHES, metavar="NAME",
+        help="measure ours with these optimizations turned, one at a time (default: all that the device has), and for compile "
+        "the start: " + "; ".join(f"{name}: {text}" for name, text in SWITCHES.items()),
+    )
     parser.add_argument("--json", metavar="FILE", help="write the rows")
     parser.add_argument("--profile", metavar="FILE", help="write a profile of our step")
     parser.add_argument("--data_root", default="data", metavar="DIR", help="folder that has cifar-10-batches-py; else the built-in shapes are used")
@@ -60,10 +65,11 @@ def make_parser():
 
 
 class Worker:
-    """A pipeline in a process of its own. `start` is the seconds until its first training step was done."""
+    """A pipeline in a process of its own. `start` is the seconds until its first training step was done; `counts`,
+    how many batches of what make a measurement, belongs to whoever measures."""
 
     def __init__(self, pipeline, settings, **environment):
-        self.pipeline = pipeline
+        self.pipeline, self.counts = pipeline, {}
         self.errors = tempfile.TemporaryFile("w+")
         begin = time.perf_counter()
         self.process = subprocess.Popen(
@@ -74,8 +80,9 @@ class Worker:
         self.start = time.perf_counter() - begin
 
     def call(self, name, *arguments):
-        self.process.stdin.write(json.dumps([name, arguments]) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended; answer says why
+            self.process.stdin.write(json.dumps([name, arguments]) + "\n")
+            self.process.stdin.flush()
         return self.answer()
 
     def answer(self):
@@ -87,7 +94,8 @@ class Worker:
         return json.loads(line)
 
     def close(self):
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
         self.errors.close()
@@ -136,12 +144,14 @@ class Benchmark:
 
     def calibrate(self, worker, what):
         """How many batches take about self.seconds. The first call compiles what there is to compile."""
-        if self.settings["device"] != "cpu":
-            self.measure(worker, what, 2)
-        count = 1
-        while (seconds := self.measure(worker, what, count)) < self.seconds / 4:
-            count *= 4
-        return max(1, round(count * self.seconds / seconds))
+        if what not in worker.counts:
+            if self.settings["device"] != "cpu":
+                self.measure(worker, what, 2)
+            count = 1
+            while (seconds := self.measure(worker, what, count)) < self.seconds / 4:
+                count *= 4
+            worker.counts[what] = max(1, round(count * self.seconds / seconds))
+        return worker.counts[what]
 
     def rates(self, workers, whats, extra):
         """Take turns; workers is {name: Worker}, extra {name: what its rows have besides}. Returns the medians by name and what."""
@@ -158,8 +168,13 @@ class Benchmark:
             for (name, what), rates in values.items()
         }
 
-    def run(self, whats, cores):
-        """Measure; returns ours, still running."""
+    def compare(self, whats, cores):
+        """Both pipelines, taking turns."""
+        if "memory" in whats:
+            self.measure_memory()
+        whats = [what for what in whats if what != "memory"]
+        if not whats:
+            return
         workers = self.start() if "start" in whats else {name: self.launch(name) for name in PIPELINES}
         rates = [what for what in RATES if what in whats]
         if rates:
@@ -167,11 +182,6 @@ class Benchmark:
             medians = self.rates(workers, rates, dict.fromkeys(PIPELINES, {}))
             if "step" in rates and self.settings["device"] != "cpu":
                 print_limits(self.settings, workers["ours"].call("limits"), medians["ours", "step"])
-        if "memory" in whats:
-            for name in PIPELINES:
-                if not rates:
-                    self.measure(workers[name], "end_to_end", 1)
-                self.add("memory", name, [self.measure(workers[name], "memory")])
         if "knn" in whats:
             values = {name: [] for name in PIPELINES}
             for _ in range(self.rounds):
@@ -179,8 +189,15 @@ class Benchmark:
                     values[name].append(self.measure(workers[name], "knn"))
             for name in PIPELINES:
                 self.add("knn", name, values[name])
-        workers["plain"].close()
-        return workers["ours"]
+        for worker in workers.values():
+            worker.close()
+
+    def measure_memory(self):
+        """Each pipeline in a process that has done nothing else, one after the other: both at once may not fit."""
+        for name in PIPELINES:
+            worker = self.launch(name)
+            self.add("memory", name, [self.measure(worker, "memory")])
+            worker.close()
 
     def choose_workers(self, worker, whats, cores):
         """Let the plain pipeline find out how many loader workers help."""
@@ -191,17 +208,25 @@ class Benchmark:
             listed = ", ".join(f"{rate:,.0f} with {number}" for number, rate in zip(candidates, rates))
             tqdm.write(f"plain {what}, views/s by the number of loader workers: {listed}")
 
-    def run_switches(self, ours, names):
-        """Each switch turned, taking turns with ours as it is."""
+    def turn_switches(self, names):
+        """Ours with each switch turned, taking turns with ours as it is."""
+        ours = self.launch("ours")
         for name in names:
             turned = self.launch("ours", [name])
             text = f"{name} {'off' if self.settings['switches'][name] else 'on'}"
-            whats = [what for what in ("step", "end_to_end") if not (what == "step" and name in ("resident", "batched"))]
-            medians = self.rates({"ours": ours, "turned": turned}, whats, {"ours": {"switch": f"beside {text}"}, "turned": {"switch": text}})
+            whats = ["end_to_end"] if name in ("resident", "batched") else ["step", "end_to_end"]
+            extra = {"ours": {"switch": f"beside {text}"}, "turned": {"switch": text}}
+            medians = self.rates({"ours": ours, "turned": turned}, whats, extra)
             turned.close()
             for what in whats:
                 other, base = medians["turned", what], medians["ours", what]
                 tqdm.write(f"{text}: {what} {other:,.0f} views/s, as it is {base:,.0f}: {other / base:.3f} times")
+        ours.close()
+        if "compile" in names:
+            self.start_with_compilation()
+
+    def start_with_compilation(self):
+        """The start without compilation, with it, and with the kernels of an earlier start."""
         compiles = self.settings["switches"]["compile"]
         with tempfile.TemporaryDirectory() as cache:
             for text, on in (("compile on, empty cache", True), ("compile on, filled cache", True), ("compile off", False)):
@@ -216,7 +241,8 @@ def print_limits(settings, limits, rate):
     convolution, and no bound of it."""
     flops = rate * limits["flop_per_view"]
     tqdm.write(
-        f"step at width {settings['width']}, batch {settings['batch']}: {flops / 1e12:.3g} TFLOP/s, {100 * flops / limits['flops']:.1f} % of the measured {limits['precision']} matrix product "
+        f"step at width {settings['width']}, batch {settings['batch']}: {flops / 1e12:.3g} TFLOP/s, "
+        f"{100 * flops / limits['flops']:.1f} % of the measured {limits['precision']} matrix product "
         f"({limits['flops'] / 1e12:.4g} TFLOP/s); copies {limits['bandwidth'] / 1e9:,.0f} GB/s"
     )
     floor = limits["floor_per_view"]
@@ -231,7 +257,7 @@ def print_table(rows):
     plain = [row for row in rows if row["pipeline"] == "plain"]
     for row in plain:
         key = ("what", "width", "batch")
-        ours = next(r for r in rows if r["pipeline"] == "ours" and "switch" not in r and all(r[k] == row[k] for k in key))
+        ours = next(r for r in rows if r["pipeline"] == "ours" and all(r[k] == row[k] for k in key))
         better = ours["median"] / row["median"] if row["what"] in RATES else row["median"] / ours["median"]
 
         def cell(row):
@@ -251,8 +277,13 @@ def main(argv=None):
         device = select_device(args.gpu)
         if args.json and not os.path.isdir(os.path.dirname(args.json) or "."):
             raise ValueError(f"--json {args.json}: there is no such folder")
+        absent = CUDA_ONLY if device.type == "cpu" else CPU_ONLY
+        if absent.intersection(args.switches or ()):
+            raise ValueError(f"--switches {' '.join(sorted(absent.intersection(args.switches)))}: not on this device")
+        if args.switches is not None and args.what:
+            raise ValueError("--switches measures step and end_to_end; leave --what out")
     plan = FULL if device.type == "cuda" else SMALL
-    if args.what or args.width or args.batch:
+    if args.what or args.width or args.batch or args.switches is not None:
         widths, batch_sizes = args.width or [plan[0][0]], args.batch or [plan[0][1]]
         plan = [(width, batch, args.what or tuple(UNITS)) for width in widths for batch in batch_sizes]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -274,13 +305,16 @@ def main(argv=None):
                 "switches": default_switches(device.type),
             }
             benchmark = Benchmark(settings, args.rounds, args.seconds, bar, keep)
-            ours = benchmark.run(whats, cores)
+            if args.switches is None:
+                benchmark.compare(whats, cores)
+            else:
+                benchmark.turn_switches(args.switches or [name for name in SWITCHES if name not in absent])
             if args.profile:
-                ours.call("profile", os.path.abspath(args.profile))
-            if args.switches:
-                benchmark.run_switches(ours, [name for name in SWITCHES if name not in (CUDA_ONLY if device.type == "cpu" else CPU_ONLY)])
-            ours.close()
-    print_table(rows)
+                worker = benchmark.launch("ours")
+                worker.call("profile", os.path.abspath(args.profile))
+                worker.close()
+    if args.switches is None:
+        print_table(rows)
     return 0
 
 

@@ -61,7 +61,11 @@ class Pipeline:
         return queries, bank, labels, KNN_CLASSES
 
     def memory(self):
-        """The largest memory so far in MiB: of the process on the CPU, of the allocator on CUDA."""
+        """The peak of a training step in MiB: of the process since its start on the CPU, of the allocator on CUDA."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.end_to_end(1)
         if self.device.type == "cuda":
             return torch.cuda.max_memory_reserved(self.device) / 2**20
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
@@ -70,7 +74,8 @@ class Pipeline:
 def serve(pipeline):
     """Make the pipeline from the settings in argv, run its first step, then answer calls, lines of JSON, until the end
     of stdin. What is printed meanwhile goes to stderr."""
-    answers, sys.stdout = sys.stdout, sys.stderr
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     worker = pipeline(json.loads(sys.argv[1]))
     worker.first_step()
     worker.synchronize()

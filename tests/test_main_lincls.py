@@ -26,7 +26,7 @@ def test_evaluates_what_main_wrote(finished_run, run_lincls, capsys, features, f
     ]
 
 
-def test_the_saved_classifier_gives_the_headline(finished_run, run_lincls, shapes):
+def test_the_saved_classifier_gives_the_headline(finished_run, run_lincls, no_gpu, shapes):
     path = os.path.join(finished_run, "backbone.pt")
     assert run_lincls("--pretrained", path, "--features", "cached", "--epochs", 3, "--trial", "eval") == 0
     backbone = simsiam.resnet18(4).eval()
@@ -71,7 +71,7 @@ def test_rate_falls_after_60_and_80_of_100_epochs():
         schedule.step()
 
 
-def test_a_classifier_learns_separable_features(monkeypatch, tmp_path, run_lincls, shapes):
+def test_a_classifier_learns_separable_features(monkeypatch, tmp_path, run_lincls, no_gpu, shapes):
     """With features that are the classes themselves, the protocol reaches 100 %."""
     backbone = simsiam.resnet18(4)
     torch.save(backbone.state_dict(), tmp_path / "backbone.pt")

@@ -1,5 +1,6 @@
 """The benchmark: what it measures is what main.py does, and what it writes has the promised form."""
 import json
+import os
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from utils.augment import MEAN, STD
 from utils.device import autocast
 
 CPU = torch.device("cpu")
+TINY = "--width 4 --batch 16 --rounds 2 --seconds 0.2".split()
 SETTINGS = {"device": "cpu", "width": 4, "batch": 16, "data_root": "nowhere", "switches": default_switches("cpu")}
 
 
@@ -76,14 +78,18 @@ def test_limits(few_pictures, monkeypatch):
     assert bf16 < limits["floor_per_view"] < 2 * bf16        # float32 here: twice the bytes, the same arithmetic
 
 
+def run_command(*args):
+    """In a process of its own, on the CPU."""
+    command = [sys.executable, "benchmarks/speed.py", *map(str, args)]
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, cwd=REPO, env=hidden, capture_output=True, text=True, check=True)
+
+
 def test_the_command_writes_its_rows(tmp_path):
-    """In a process of its own, at a tiny size: a row for each figure and pipeline, and the table last."""
+    """At a tiny size: a row for each figure and pipeline, and the table last."""
     path = tmp_path / "rows.json"
-    command = [
-        sys.executable, "benchmarks/speed.py", "--what", "views", "step", "end_to_end", "memory", "--width", "4", "--batch", "16",
-        "--rounds", "2", "--seconds", "0.2", "--data_root", str(tmp_path), "--json", str(path),
-    ]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
+    command = ["--what", "views", "step", "end_to_end", "memory", *TINY, "--data_root", tmp_path, "--json", path]
+    done = run_command(*command)
     rows = json.loads(path.read_text())
     assert len(rows) == 8
     for row in rows:
@@ -92,11 +98,27 @@ def test_the_command_writes_its_rows(tmp_path):
     assert {(row["what"], row["pipeline"]) for row in rows} == {
         (what, pipeline) for what in ("views", "step", "end_to_end", "memory") for pipeline in ("plain", "ours")
     }
-    assert "size: " in done.stdout.splitlines()[0] and "end_to_end" in done.stdout.splitlines()[-2]
+    assert "size: " in done.stdout.splitlines()[0] and "end_to_end" in done.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize("args", [["--width", "0"], ["--json", "no/such/rows.json"], ["--gpu", "99"], ["--what", "nothing"]])
-def test_bad_input_is_one_line(args, capsys):
+def test_the_command_turns_switches(tmp_path):
+    """One switch: a row for ours as it is and one for ours without, of the step and of training; no plain pipeline."""
+    path = tmp_path / "rows.json"
+    done = run_command("--switches", "channels_last", *TINY, "--data_root", tmp_path, "--json", path)
+    rows = json.loads(path.read_text())
+    assert {(row["what"], row["pipeline"], row["switch"]) for row in rows} == {
+        (what, "ours", f"{beside}channels_last off") for what in ("step", "end_to_end") for beside in ("", "beside ")
+    }
+    medians = {(row["what"], row["switch"]): row["median"] for row in rows}
+    ratio = medians["end_to_end", "channels_last off"] / medians["end_to_end", "beside channels_last off"]
+    assert done.stdout.splitlines()[-1].endswith(f": {ratio:.3f} times")
+
+
+@pytest.mark.parametrize("args", [
+    ["--width", "0"], ["--json", "no/such/rows.json"], ["--gpu", "99"], ["--what", "nothing"],
+    ["--switches", "nothing"], ["--switches", "cuda_graph"], ["--switches", "fused", "--what", "step"],
+])
+def test_bad_input_is_one_line(args, no_gpu, capsys):
     with pytest.raises(SystemExit) as stopped:
         speed.main(args)
     assert stopped.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1

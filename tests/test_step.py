@@ -188,7 +188,7 @@ def test_a_cuda_graph_is_the_step(shapes, compiled):
             states.append((losses, {name: value.clone() for name, value in model.state_dict().items()}))
     (expected, plain_state), (got, graph_state) = states
     assert (expected - got).abs().max() < 1e-2
-    assert torch.equal(plain_state["backbone.bn1.num_batches_tracked"], graph_state["backbone.bn1.num_batches_tracked"])
+    assert torch.equal(plain_state["backbone.1.num_batches_tracked"], graph_state["backbone.1.num_batches_tracked"])
 
 
 def test_a_cuda_graph_needs_cuda(run_main, no_gpu, capsys):

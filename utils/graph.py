@@ -52,19 +52,23 @@ class GraphedStep:
         self.inputs = [clone(value) for value in inputs]
         device = next(tensors(inputs)).device
         for group in self.optimizer.param_groups:
-            group["lr"] = torch.tensor(float(group["lr"]), device=device)
+            if not (torch.is_tensor(group["lr"]) and group["lr"].is_cuda):
+                group["lr"] = torch.tensor(float(group["lr"]), device=device)
         weights = [tensor.clone() for tensor in self.model.state_dict().values()]
         momentum = {parameter: buffer.clone() for parameter, buffer in self.momentum_buffers()}
 
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARMUP):
-                self.train_step(*self.inputs)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.results = self.train_step(*self.inputs)
+        # All on one stream: what the warm-up leaves in autograd and in the allocator belongs to a stream.
+        with torch.cuda.device(device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARMUP):
+                    self.train_step(*self.inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                self.results = self.train_step(*self.inputs)
+        self.graph = graph
 
         for tensor, saved in zip(self.model.state_dict().values(), weights):
             tensor.copy_(saved)
