@@ -34,7 +34,8 @@ part() {  # name, command...: its output in OUT/name.txt, its time and exit stat
 train() {  # name, options...: a short run, whose log comes to OUT
     local name=$1
     shift
-    TORCH_LOGS=graph_breaks,recompiles "$PYTHON" main.py --gpu 0 --data_root "$DATA" --epochs 4 --eval_freq 4 --exp_dir "$OUT/runs" --trial "$name" "$@" &&
+    TORCH_LOGS=graph_breaks,recompiles "$PYTHON" main.py --gpu 0 --data_root "$DATA" --epochs 4 --eval_freq 4 \
+        --exp_dir "$OUT/runs" --trial "$name" "$@" &&
         cp "$OUT/runs/$name/log.jsonl" "$OUT/$name-log.jsonl"
 }
 

@@ -1,8 +1,9 @@
 """The plain pipeline, the yardstick: what public SimSiam scripts do, in a process of its own.
 
 Pictures go one by one through torchvision's transforms on PIL in DataLoader workers, the network is eager float32 (on
-newer GPUs with TF32 in the convolutions, PyTorch's default) in NCHW, and every step reads its loss. The loader has pinned memory and non-blocking copies on CUDA, and as many workers
-as help. The network is the same as ours, and so are the views and the loss.
+newer GPUs with TF32 in the convolutions, PyTorch's default) in NCHW, and every step reads its loss. The loader has
+pinned memory and non-blocking copies on CUDA, and as many workers as help. The network is the same as ours, and so are
+the views and the loss.
 """
 import time
 
