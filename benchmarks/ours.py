@@ -4,11 +4,9 @@ With the switches as they are by default its step is main.py's, bit for bit; a t
 """
 from utils.cpu import prepare_cpu  # before torch
 
-import os
-
 import torch
 
-from benchmarks.worker import LEARNING_RATE, Pipeline, host_images, serve
+from benchmarks.worker import LEARNING_RATE, Pipeline, host_images, serve, usable_cores
 from simsiam import SimSiam, feature_std, resnet18, simsiam_loss
 from utils.augment import apply_two_views, draw_views, epoch_generator
 from utils.data import batches
@@ -106,7 +104,7 @@ class Ours(Pipeline):
             return self.seconds(lambda: self.train(self.epoch(count), self.train_step))
         from benchmarks import plain  # here, as others below, so that its import is no part of the start
 
-        pictures, workers = plain.TwoViews(self.pictures), (os.cpu_count() or 1) - 1
+        pictures, workers = plain.TwoViews(self.pictures), usable_cores() - 1
 
         def use(*views):
             self.train([[x.to(self.device, non_blocking=True) for x in views]], self.network_step)

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from benchmarks.measure import RATES, UNITS, Benchmark
 from benchmarks.switches import CPU_ONLY, CUDA_ONLY, SWITCHES, default_switches
+from benchmarks.worker import usable_cores
 from utils.cli import Parser, real_number, run, whole_number
 from utils.device import describe, select_device
 
@@ -86,7 +87,7 @@ def main(argv=None):
     if args.what or args.width or args.batch or args.switches is not None:
         widths, batch_sizes = args.width or [plan[0][0]], args.batch or [plan[0][1]]
         plan = [(width, batch, args.what or tuple(UNITS)) for width in widths for batch in batch_sizes]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     size = "full size" if device.type == "cuda" else "small size"
     print(f"{size}: {describe(device)}, {cores} cores, torch {torch.__version__}, torchvision {torchvision.__version__}")
 
