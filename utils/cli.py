@@ -5,6 +5,8 @@ import math
 import signal
 import sys
 
+from tqdm import tqdm
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser without abbreviations whose errors are one line."""
@@ -56,8 +58,31 @@ def real_number(text):
     return value
 
 
+class Tolerant:
+    """A text stream that may lose its reader (a closed terminal, `| head`) or its disk's last free byte: what
+    cannot be written is dropped, and the work goes on."""
+
+    def __init__(self, stream):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a path may hold what the stream cannot encode
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def run(main):
     """Run a script's main and exit with its code; Ctrl-C ends it without a traceback."""
+    sys.stdout, sys.stderr = Tolerant(sys.stdout), Tolerant(sys.stderr)
     try:
         sys.exit(main())
     except KeyboardInterrupt:
@@ -66,4 +91,5 @@ def run(main):
 
 
 def warn(message):
-    print(f"warning: {message}", file=sys.stderr)
+    """Say it on stderr, above a progress bar."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)

@@ -50,3 +50,22 @@ def describe(device):
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def free_memory(device):
+    """Bytes that are free on the GPU, or available to processes on the host (Linux; elsewhere infinite)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return float("inf")
+
+
+def require_memory(count, device, what):
+    """Raises ValueError, which begins with `what`, if the device has less than so many bytes free: asking for them
+    all the same would end in the system killing the process."""
+    free = free_memory(device)
+    if count > free:
+        raise ValueError(f"{what}: takes {count / 2**30:,.1f} GiB of memory, {free / 2**30:,.1f} GiB are free")

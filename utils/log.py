@@ -11,15 +11,19 @@ LOG = "log.jsonl"
 
 
 def append(folder, record):
-    """Add one line to the folder's log; a line that a killed run left unfinished is closed first."""
+    """Add one line to the folder's log, on the disk when this returns; a line that a killed run left unfinished is
+    closed first. Raises OSError that names the file."""
     path = os.path.join(folder, LOG)
-    torn = False
-    if os.path.exists(path) and os.path.getsize(path):
-        with open(path, "rb") as file:
-            file.seek(-1, os.SEEK_END)
-            torn = file.read(1) != b"\n"
-    with open(path, "a") as file:
-        file.write("\n" * torn + json.dumps(record) + "\n")
+    try:
+        with open(path, "ab+") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 1))
+            torn = file.read(1) not in (b"", b"\n")
+            file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({error.strerror or error})") from error
 
 
 def read(folder):

@@ -1,5 +1,5 @@
-"""The folder of a run and what is written there about the run itself."""
-import argparse
+"""The folder of a run: made, locked, and written to as far as the disk allows."""
+import fcntl
 import json
 import os
 import platform
@@ -10,18 +10,11 @@ import numpy
 import torch
 import torchvision
 
-from utils import checkpoint
+from utils import checkpoint, log
 from utils.cli import warn
 from utils.device import describe
 
-CHECKPOINT = "checkpoint.pt"
-
-# What a resumed run has to share with its checkpoint to go on as the same run.
-RECIPE = (
-    "dataset", "train_size", "test_size", "arch", "width", "dim", "pred_dim", "num_proj_layers",
-    "epochs", "batch_size", "learning_rate", "momentum", "weight_decay", "seed", "precision",
-)
-
+CHECKPOINT, BACKBONE, CONFIG = "checkpoint.pt", "backbone.pt", "config.json"
 
 def new_run_folder(exp_dir, trial=None):
     """Make exp_dir/trial, or for None the next free number from 1 on; returns the path.
@@ -57,56 +50,6 @@ def run_folder(exp_dir, trial):
     return os.path.join(exp_dir, trial)
 
 
-def newest_run(exp_dir):
-    """The run folder in exp_dir whose checkpoint was written last, or None."""
-    paths = [
-        os.path.join(exp_dir, run, name)
-        for run in (os.listdir(exp_dir) if os.path.isdir(exp_dir) else [])
-        for name in (CHECKPOINT, checkpoint.previous_path(CHECKPOINT))
-    ]
-    newest = max((path for path in paths if os.path.exists(path)), key=os.path.getmtime, default=None)
-    return newest and os.path.dirname(newest)
-
-
-def find_resumed(resume, exp_dir, trial):
-    """The run folder and the checkpoint's state that --resume means: a path, or 'auto' for the trial named,
-    else the newest run. None and None where 'auto' finds no run. A checkpoint that 'auto' cannot read is
-    replaced by the one before it, with a warning. Raises ValueError and OSError for what cannot be resumed."""
-    if resume == "auto":
-        folder = newest_run(exp_dir) if trial is None else run_folder(exp_dir, trial)
-        if folder is None or not os.path.lexists(folder):
-            return None, None
-        path = os.path.join(folder, CHECKPOINT)
-        try:
-            state = checkpoint.load(path)
-        except (ValueError, OSError) as error:
-            path = checkpoint.previous_path(path)
-            if not os.path.exists(path):
-                raise ValueError(f"{error}; remove {folder} to begin it again, or take another --trial") from error
-            state = checkpoint.load(path)
-            warn(f"{error}; going on from {path}")
-    else:
-        if trial is not None:
-            raise ValueError("--resume PATH goes on in that checkpoint's folder; leave --trial out")
-        path, folder = resume, os.path.dirname(resume) or "."
-        state = checkpoint.load(path)
-    if not (isinstance(state, dict) and {"epoch", "step", "model", "optimizer", "config"} <= state.keys()):
-        raise ValueError(f"{path}: not a checkpoint.pt that main.py wrote")
-    return folder, state
-
-
-def resumed_settings(parser, argv, config):
-    """The settings of a resumed run: the checkpoint's, and what is typed again where it may differ.
-    Raises ValueError for a typed setting that would make it another run."""
-    saved = {name: value for name, value in config.items() if name not in ("gpu", "resume")}
-    args = parser.parse_args(argv, argparse.Namespace(**saved))
-    for name in RECIPE:
-        if getattr(args, name) != saved.get(name) and not (name == "precision" and args.precision == "auto"):
-            raise ValueError(f"--{name} {getattr(args, name)}: the run to resume has {saved.get(name)}")
-    args.precision = saved["precision"]
-    return args
-
-
 def git_commit():
     """The commit of the code that runs, '-dirty' after it where tracked files differ, or None outside git."""
     here = os.path.dirname(os.path.abspath(__file__))
@@ -132,6 +75,78 @@ def write_config(folder, settings, device):
             "cuda": torch.version.cuda if device.type == "cuda" else None,
         },
     }
-    with open(os.path.join(folder, "config.json"), "w") as file:
+    with open(os.path.join(folder, CONFIG), "w") as file:
         json.dump(config, file, indent=2)
         file.write("\n")
+
+
+def lock(folder):
+    """Take the folder for this process: an exclusive lock on its log, which the kernel drops when the process ends,
+    however it ends. Returns the open file, to be kept. Raises ValueError if another process has it."""
+    file = open(os.path.join(folder, log.LOG), "ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"{folder}: another process is at work on this run; wait for its end or stop it") from None
+    except OSError as error:  # some network file systems have no locks
+        warn(f"{folder} cannot be locked ({error.strerror}); take care that no second process resumes this run")
+    return file
+
+
+class RunWriter:
+    """Writes what a run leaves in its folder, and keeps other processes from doing so.
+
+    What cannot be written is warned of and the run goes on; the next occasion tries again. `unsaved` says why
+    the newest log line or weights are not on the disk, None if they are; `saved_epoch` is the epoch of the last
+    checkpoint that is.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.lock = folder, lock(folder)
+        self.lines, self.unsaved, self.saved_epoch = [], None, None
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def attempt(self, write, *args):
+        """Call write(*args), which raises OSError if it cannot."""
+        try:
+            if not os.path.isdir(self.folder):
+                os.makedirs(self.folder)
+                self.lock = lock(self.folder)
+                warn(f"{self.folder} was gone and is made again; what was in it is lost")
+            write(*args)
+            self.unsaved = None
+        except (OSError, ValueError) as error:  # ValueError: the folder made again has another owner
+            self.unsaved = str(error)
+            kept = "" if self.saved_epoch is None else f"; the last good checkpoint is of epoch {self.saved_epoch}"
+            warn(f"{error}{kept}; the run goes on")
+
+    def write_log(self):
+        while self.lines:
+            log.append(self.folder, self.lines[0])
+            del self.lines[0]
+
+    def log(self, record):
+        """Append a line to log.jsonl, and those before that could not be written."""
+        self.lines.append(record)
+        self.attempt(self.write_log)
+
+    def write(self, state, backbone):
+        """Write checkpoint.pt (all that a resumed run needs) and backbone.pt (all that evaluation needs), or raise OSError."""
+        self.write_log()  # first: a run resumed from the checkpoint does not repeat its lines
+        checkpoint.save(self.path(CHECKPOINT), state, keep_previous=True)
+        self.saved_epoch = state["epoch"]
+        checkpoint.save(self.path(BACKBONE), backbone)
+
+    def save(self, state, backbone):
+        """`write`, as far as it can be done."""
+        self.attempt(self.write, state, backbone)
+
+    def draw(self, plot, *args):
+        """Call plot(folder, *args), which makes figures; a run does not fail for want of them."""
+        try:
+            plot(self.folder, *args)
+        except (OSError, ValueError) as error:
+            warn(f"{self.folder}: no figures ({error})")
