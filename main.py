@@ -11,6 +11,7 @@ import argparse
 import math
 import os
 import shlex
+import shutil
 import sys
 import time
 
@@ -20,18 +21,20 @@ import torch
 from tqdm import tqdm
 
 from simsiam import ARCHS, SimSiam, feature_std, simsiam_loss
-from utils import checkpoint, log, plot
+from utils import checkpoint, plot
 from utils.augment import apply_two_views, draw_views, epoch_generator
-from utils.cli import Parser, real_number, run, whole_number
+from utils.cli import Parser, real_number, run, warn, whole_number
 from utils.data import DATASETS, batches, load_dataset
-from utils.device import autocast, describe, memory_layout, select_device, select_precision
+from utils.device import autocast, describe, memory_layout, require_memory, select_device, select_precision
 from utils.graph import GraphedStep, set_rate
 from utils.knn import knn_accuracy
-from utils.run import CHECKPOINT, find_resumed, new_run_folder, resumed_settings, write_config
+from utils.resume import FORMAT, check_unchanged, find_resumed, restore, resumed_settings
+from utils.run import BACKBONE, CHECKPOINT, RunWriter, new_run_folder, write_config
 from utils.stop import StopRequest
 
 LR_PER_256 = 0.03    # the paper's rate for a batch of 256; it scales linearly (appendix D)
 COLLAPSE_STD = 0.1   # below this, feature_std (healthy: about 1) means that the outputs are all but equal
+COLLAPSE_EPOCHS = 3  # in a row, after which it is said
 
 
 def make_parser():
@@ -67,6 +70,7 @@ def make_parser():
     folder = parser.add_argument_group("run")
     folder.add_argument("--eval_freq", type=whole_number(1), default=10, metavar="EPOCHS", help="epochs from one kNN evaluation to the next")
     folder.add_argument("--save_freq", type=whole_number(1), default=10, metavar="EPOCHS", help="epochs from one checkpoint to the next")
+    folder.add_argument("--max_minutes", type=real_number, metavar="M", help="stop after M minutes as Ctrl-C does, with exit code 0 (default: no limit)")
     folder.add_argument("--exp_dir", default="experiments", metavar="DIR", help="where the run's folder is made")
     folder.add_argument("--trial", metavar="NAME", help="the run folder's name (default: the next free number)")
     folder.add_argument("--resume", metavar="auto|PATH", help="go on with a checkpoint; auto: of --trial, else of the newest run, else start")
@@ -79,7 +83,8 @@ def make_parser():
 
 
 def make_train_step(model, optimizer, scaler, precision_context, compiled, layout=torch.channels_last):
-    """The step as a function: images uint8 [B, 3, H, W] and the Draws of both views -> loss and std, on the device.
+    """The step as a function: images uint8 [B, 3, H, W] and the Draws of both views -> float32 [3], on the device: the
+    loss, the std, and 1 where fp16's loss scaler skipped the update.
 
     precision_context makes the autocast context; scaler is a GradScaler, enabled for fp16 only; layout is the
     memory format of the views and the model.
@@ -98,10 +103,12 @@ def make_train_step(model, optimizer, scaler, precision_context, compiled, layou
     def train_step(images, draws1, draws2):
         optimizer.zero_grad(set_to_none=True)  # before the forward pass: its peak memory is without gradients
         loss, std = views_to_loss(images, draws1, draws2)
+        scale = scaler.scale(torch.ones_like(std))
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        return loss.detach(), std
+        skipped = scaler.scale(torch.ones_like(std)) < scale  # it lowers its scale when it skips
+        return torch.stack((loss.detach(), std, skipped.float()))
 
     return train_step
 
@@ -123,44 +130,52 @@ def draw_epoch(seed, epoch, size, count, image_shape, device):
     return order, draw_views(count, generator, *image_shape), draw_views(count, generator, *image_shape)
 
 
-def save_state(folder, state, model, optimizer, scaler, args):
-    """Write checkpoint.pt (all that a resumed run needs) and backbone.pt (all that evaluation needs)."""
-    state = {
-        **state,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "config": vars(args),
-    }
-    checkpoint.save(os.path.join(folder, CHECKPOINT), state, keep_previous=True)
-    save_backbone(os.path.join(folder, "backbone.pt"), model)
+def is_finite(model):
+    """Whether all weights and buffers are finite numbers."""
+    return bool(torch.stack([value.isfinite().all() for value in model.state_dict().values()]).all())
 
 
-def save_backbone(path, model):
-    checkpoint.save(path, {name: value.cpu().contiguous() for name, value in model.backbone.state_dict().items()})
+def backbone_state(model):
+    return {name: value.cpu().contiguous() for name, value in model.backbone.state_dict().items()}
 
 
 # ---------------------------------------------------------------------------------------------------
 # The run
 
 
-def pretrain(args, device, data, model, folder, state, stop):
-    """Train from `state` (a checkpoint; None: from the start) to the last epoch, or until `stop`, a
-    StopRequest, has a signal. Returns the exit code."""
-    precision_context = autocast(device, args.precision)
-    layout = memory_layout(device, args.width, args.batch_size)
-    model.to(device, memory_format=layout)
+def build(args, device, state):
+    """The model, its optimizer and fp16's loss scaler on the device; from a checkpoint's state, or new for None."""
+    def make_model():
+        return SimSiam(ARCHS[args.arch](args.width), args.dim, args.pred_dim, args.num_proj_layers)
+
+    sizes = f"--width {args.width} --dim {args.dim} --pred_dim {args.pred_dim}"
+    try:
+        with torch.device("meta"):
+            count = sum(parameter.numel() for parameter in make_model().parameters())
+    except RuntimeError as error:  # more than 2^63 bytes
+        raise ValueError(f"{sizes}: no machine has the memory for it") from error
+    require_memory(3 * 4 * count, device, f"{sizes}: weights, gradients and momenta")
+
+    torch.manual_seed(args.seed)
+    model = make_model()
+    model.to(device, memory_format=memory_layout(device, args.width, args.batch_size))
     optimizer = torch.optim.SGD(
         model.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay, fused=True
     )
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        restore(state, model, optimizer, scaler)
+    return model, optimizer, scaler
+
+
+def pretrain(args, device, data, model, optimizer, scaler, writer, state, stop):
+    """Train from `state`, where a checkpoint is or new ones begin, to the last epoch, or until `stop`, a StopRequest,
+    has a signal. Returns the exit code."""
+    precision_context = autocast(device, args.precision)
     train_step = make_train_step(
         model, optimizer, scaler, precision_context,
-        device.type == "cuda" if args.compile is None else args.compile, layout,
+        device.type == "cuda" if args.compile is None else args.compile,
+        memory_layout(device, args.width, args.batch_size),
     )
     if args.cuda_graph:
         train_step = GraphedStep(train_step, model, optimizer)
@@ -169,20 +184,19 @@ def pretrain(args, device, data, model, folder, state, stop):
     steps = size // batch  # the last partial batch of an epoch is dropped
     image_shape = data.train_images.shape[2:]
 
-    if state is None:
-        state = {"epoch": 0, "step": 0, "sums": torch.zeros(2), "seconds": 0.0}
-        save_state(folder, state, model, optimizer, scaler, args)
     if state["epoch"] == state["step"] == 0:
         order, *draws = draw_epoch(args.seed, 0, size, steps * batch, image_shape, device)
         shown = slice(0, 8)
         pictures = next(batches(data.train_images, order[shown], len(order[shown]), device))
-        plot.plot_views(folder, pictures, *apply_two_views(pictures, *(views.rows(shown) for views in draws)))
+        writer.draw(plot.plot_views, pictures, *apply_two_views(pictures, *(views.rows(shown) for views in draws)))
         if args.untrained:
-            save_backbone(os.path.join(folder, "untrained.pt"), model)
-            knn1, knn200 = knn_accuracy(model.backbone, data, precision_context)
-            log.append(folder, {"epoch": 0, "knn1": knn1, "knn200": knn200})
-            print(f"untrained: kNN k=1 {knn1:.2f} %, k=200 {knn200:.2f} %")
+            writer.attempt(checkpoint.save, writer.path("untrained.pt"), backbone_state(model))
+            with stop.at_once():
+                knn1, knn200 = knn_accuracy(model.backbone, data, precision_context)
+                writer.log({"epoch": 0, "knn1": knn1, "knn200": knn200})
+                print(f"untrained: kNN k=1 {knn1:.2f} %, k=200 {knn200:.2f} %")
 
+    collapsed = 0  # epochs in a row
     bar = tqdm(
         total=args.epochs, initial=state["epoch"] + state["step"] / steps,
         bar_format="{percentage:3.0f}%|{bar}| {n:.2f}/{total} epochs [{elapsed}<{remaining}{postfix}]",
@@ -193,7 +207,9 @@ def pretrain(args, device, data, model, folder, state, stop):
             rate = cosine_rate(args.learning_rate, epoch, args.epochs)
             set_rate(optimizer, rate)
             order, draws1, draws2 = draw_epoch(args.seed, epoch, size, steps * batch, image_shape, device)
-            sums, step = state["sums"].to(device), state["step"]  # the sums are of loss and std
+            step = state["step"]
+            metrics = torch.zeros(steps, 3, device=device)  # of each step: loss, std, skipped
+            metrics[:step] = state["metrics"]
             start = time.perf_counter()
             images = batches(data.train_images, order[step * batch:], batch, device)
             model.train()
@@ -201,52 +217,92 @@ def pretrain(args, device, data, model, folder, state, stop):
             # ---- the step: slice, augment, forward, loss, backward, update
             while step < steps and stop.signal is None:
                 rows = slice(step * batch, (step + 1) * batch)
-                loss, std = train_step(next(images), draws1.rows(rows), draws2.rows(rows))
-                sums += torch.stack((loss, std))
+                metrics[step] = train_step(next(images), draws1.rows(rows), draws2.rows(rows))
                 step += 1
                 bar.update(epoch + step / steps - bar.n)
             # ----
 
-            mean_loss, mean_std = (sums / max(step, 1)).tolist()  # the epoch's one synchronization
+            metrics = metrics[:step].cpu()  # the epoch's one synchronization
             seconds = state["seconds"] + time.perf_counter() - start
-            if not math.isfinite(mean_loss):
-                where = f"epoch {epoch + 1}: the loss is {mean_loss}; {os.path.join(folder, CHECKPOINT)} is from before"
-                print(f"main.py: error: {where}; start a new run with a lower --learning_rate", file=sys.stderr)
-                return 1
+            if not metrics[:, 0].isfinite().all():
+                bad = metrics[:, 0].isfinite().tolist().index(False)
+                return give_up(args, writer, epoch, bad, steps, f"the loss is {metrics[bad, 0]:g}")
 
-            if step < steps:  # stopped inside the epoch
-                state = {"epoch": epoch, "step": step, "sums": sums.cpu(), "seconds": seconds}
-            else:
-                state = {"epoch": epoch + 1, "step": 0, "sums": torch.zeros(2), "seconds": 0.0}
+            state = {"epoch": epoch, "step": step, "metrics": metrics, "seconds": seconds}
+            if step == steps:
+                mean_loss, mean_std, _ = metrics.double().mean(dim=0).tolist()
                 speed = 2 * steps * batch / seconds
                 record = {
                     "epoch": epoch + 1, "loss": mean_loss, "std": mean_std, "lr": rate,
                     "seconds": round(seconds, 3), "views_per_s": round(speed, 1),
                 }
+                if scaler.is_enabled():
+                    record["skipped_steps"] = int(metrics[:, 2].sum())
                 bar.set_postfix_str(f"loss {mean_loss:.4f}, std {mean_std:.3f}, {speed:,.0f} views/s")
-                if mean_std < COLLAPSE_STD:
-                    tqdm.write(
-                        f"warning: epoch {epoch + 1}: std {mean_std:.4f}: the outputs have all but collapsed "
-                        "(healthy: about 1); see --learning_rate and --batch_size", file=sys.stderr,
+                collapsed = collapsed + 1 if mean_std < COLLAPSE_STD else 0
+                if collapsed == COLLAPSE_EPOCHS:
+                    warn(
+                        f"epoch {epoch + 1}: std {mean_std:.4f}, for {collapsed} epochs below {COLLAPSE_STD} (healthy: about 1): "
+                        "the outputs have all but collapsed to one, whatever the loss says. The usual cause is a rate "
+                        f"too high for the batch: lower --learning_rate ({args.learning_rate:g}) or raise --batch_size ({batch})"
                     )
-                if (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs:
-                    record["knn1"], record["knn200"] = knn_accuracy(model.backbone, data, precision_context)
-                    tqdm.write(
-                        f"epoch {epoch + 1}: loss {mean_loss:.4f}, std {mean_std:.3f}, "
-                        f"kNN k=1 {record['knn1']:.2f} %, k=200 {record['knn200']:.2f} %"
-                    )
-                log.append(folder, record)
+                measured = (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs
+                if measured and stop.signal is None:
+                    with stop.at_once():
+                        record["knn1"], record["knn200"] = knn_accuracy(model.backbone, data, precision_context)
+                        tqdm.write(
+                            f"epoch {epoch + 1}: loss {mean_loss:.4f}, std {mean_std:.3f}, "
+                            f"kNN k=1 {record['knn1']:.2f} %, k=200 {record['knn200']:.2f} %"
+                        )
+                if not measured or "knn200" in record:  # else stopped in the kNN, which the resumed run makes
+                    writer.log(record)
+                    state = new_epoch(epoch + 1)
 
-            finished, stopped = state["epoch"] == args.epochs, stop.signal
-            if stopped is not None or finished or state["epoch"] % args.save_freq == 0:
-                save_state(folder, state, model, optimizer, scaler, args)
+            finished, stopped = state["epoch"] == args.epochs, stop.signal is not None
+            if stopped or finished or (state["step"] == 0 and state["epoch"] % args.save_freq == 0):
+                if not is_finite(model):
+                    return give_up(args, writer, epoch, step - 1, steps, "after it a weight is not a finite number")
+                writer.save(checkpoint_state(args, device, state, model, optimizer, scaler), backbone_state(model))
                 if state["epoch"] > 0:
-                    plot.plot_run(folder)
-            if stopped is not None and not finished:
-                path = shlex.quote(os.path.join(folder, CHECKPOINT))
+                    writer.draw(plot.plot_run)
+            if (stopped or finished) and writer.unsaved is not None:
+                tqdm.write(f"main.py: error: {writer.unsaved}; what came after epoch {writer.saved_epoch} is lost", file=sys.stderr)
+                return 1
+            if stopped and not finished:
+                path = shlex.quote(writer.path(CHECKPOINT))
                 tqdm.write(f"stopped in epoch {epoch + 1}; to go on: python main.py --resume {path}")
-                return 128 + stopped
+                return stop.exit_code
     return 0
+
+
+def new_epoch(epoch):
+    """Where a run stands before the first step of an epoch, counted from 0."""
+    return {"epoch": epoch, "step": 0, "metrics": torch.zeros(0, 3), "seconds": 0.0}
+
+
+def checkpoint_state(args, device, state, model, optimizer, scaler):
+    """All that a resumed run needs."""
+    return {
+        **state, "format": FORMAT, "config": vars(args), "machine": machine(device),
+        "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+    }
+
+
+def machine(device):
+    """What has to be the same for a resumed run to be the uninterrupted one bit for bit."""
+    return {"device": describe(device), "torch": str(torch.__version__)}
+
+
+def give_up(args, writer, epoch, step, steps, what):
+    """Say that training has diverged in a step, counted from 0. Returns the exit code."""
+    lower = f"--learning_rate ({args.learning_rate:g})"
+    if args.precision != "fp32":
+        lower += f", or take more than --precision {args.precision}"
+    tqdm.write(
+        f"main.py: error: epoch {epoch + 1}, step {step + 1} of {steps}: {what}; "
+        f"{writer.path(CHECKPOINT)} is kept as of epoch {writer.saved_epoch}; start a new run with a lower {lower}", file=sys.stderr,
+    )
+    return 1
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -255,14 +311,31 @@ def pretrain(args, device, data, model, folder, state, stop):
 
 def evaluation_command(args, device, folder):
     """What to type to evaluate the run linearly."""
-    words = ["python", "main_lincls.py", "--arch", args.arch, "--pretrained", os.path.join(folder, "backbone.pt")]
+    words = ["python", "main_lincls.py", "--arch", args.arch, "--pretrained", os.path.join(folder, BACKBONE)]
     if device.type == "cpu":
         words += ["--features", "cached"]
     words += [args.data_root] if args.dataset == "cifar10" else ["--dataset", args.dataset, args.data_root]
     return shlex.join(words)
 
 
+def start(args, device, model, optimizer, scaler, folder):
+    """Write what a new run's folder has before the first step, None: into a new folder; returns its RunWriter and state."""
+    made = folder is None
+    if made:
+        folder = new_run_folder(args.exp_dir, args.trial)
+    writer, state = RunWriter(folder), new_epoch(0)
+    try:
+        write_config(folder, vars(args), device)
+        writer.write(checkpoint_state(args, device, state, model, optimizer, scaler), backbone_state(model))
+    except OSError:
+        if made:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return writer, state
+
+
 def main(argv=None):
+    begin = time.monotonic()
     parser = make_parser()
     args = parser.parse_args(argv)
     with parser.user_errors():
@@ -288,27 +361,34 @@ def main(argv=None):
         if args.batch_size > len(data.train_images):
             raise ValueError(f"--batch_size {args.batch_size}: there are {len(data.train_images)} training pictures")
 
-        torch.manual_seed(args.seed)
-        model = SimSiam(ARCHS[args.arch](args.width), args.dim, args.pred_dim, args.num_proj_layers)
+        if args.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = not args.deterministic
+        model, optimizer, scaler = build(args, device, state)
+        if state is None:
+            writer, state = start(args, device, model, optimizer, scaler, folder)
+        else:
+            writer = RunWriter(folder, state["epoch"])
+            check_unchanged(state)
 
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = not args.deterministic
-    if state is None:
-        with parser.user_errors():
-            folder = new_run_folder(args.exp_dir, args.trial)
-            write_config(folder, vars(args), device)
-    print(f"{folder}: {args.arch}, width {args.width}, {args.dataset}, {len(data.train_images)} pictures, {describe(device)}, {args.precision}")
+    print(f"{writer.folder}: {args.arch}, width {args.width}, {args.dataset}, {len(data.train_images)} pictures, {describe(device)}, {args.precision}")
+    if state.get("machine", machine(device)) != machine(device):
+        warn(f"the checkpoint was written with {state['machine']}, this is {machine(device)}: the run goes on, but not bit for bit as it would have there")
     if device.type == "cpu":
         print(
             "No GPU in use. Two CPU cores train 50 to 115 views/s at width 64 and 600 to 1,000 at width 16; an epoch "
             f"is {2 * len(data.train_images):,} views. --width 16 and --train_size 5000 make it small."
         )
-    with StopRequest() as stop:
-        code = pretrain(args, device, data, model, folder, state, stop)
-    if code == 0:
-        print(f"done; next: {evaluation_command(args, device, folder)}")
+    try:
+        with StopRequest(args.max_minutes, begin) as stop:
+            code = pretrain(args, device, data, model, optimizer, scaler, writer, state, stop)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        reason = str(error).split(". ")[0]
+        print(f"main.py: error: out of memory ({reason}); lower --batch_size or --width", file=sys.stderr)
+        return 1
+    if code == 0 and stop.signal is None:
+        print(f"done; next: {evaluation_command(args, device, writer.folder)}")
     return code
 
 

@@ -10,8 +10,6 @@ On a CPU, --features cached computes the features once, without augmentation, an
 The result is the last epoch's top-1 accuracy on all test images. The best epoch is shown beside it; it is
 chosen on the test images and so is not a result.
 """
-import math
-import os
 import sys
 import time
 
@@ -22,13 +20,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from simsiam import ARCHS
-from utils import checkpoint, log, plot
+from utils import checkpoint, plot
 from utils.augment import crop_flip, draw_views, epoch_generator, normalize
 from utils.cli import Parser, real_number, run, whole_number
 from utils.data import DATASETS, batches, load_dataset
 from utils.device import autocast, describe, select_device, select_precision
 from utils.features import extract_features
-from utils.run import new_run_folder, write_config
+from utils.run import RunWriter, new_run_folder, write_config
 
 LR_PER_256 = 30.0            # the rate for a batch of 256; it scales linearly
 MILESTONES = (0.6, 0.8)      # shares of the epochs after which the rate falls to a tenth: 60 and 80 of 100
@@ -64,7 +62,7 @@ def build_backbone(arch, width, path):
     Raises ValueError and OSError for a file that is missing, damaged or does not fit."""
     state = checkpoint.backbone_state(path)
     backbone = ARCHS[arch](len(state["conv1.weight"]) if width is None else width)
-    checkpoint.load_backbone(backbone, state, path)
+    checkpoint.load_module(backbone, state, path)
     return backbone.requires_grad_(False).eval()
 
 
@@ -86,7 +84,7 @@ def top1(classifier, features, labels):
         return 100 * (classifier(features).argmax(dim=1) == labels).double().mean().item()
 
 
-def evaluate(args, device, data, backbone, folder):
+def evaluate(args, device, data, backbone, writer):
     """Train the classifier; returns the log's records, one an epoch, or None if the loss ran away."""
     precision_context = autocast(device, args.precision)
     backbone.to(device, memory_format=torch.channels_last)
@@ -116,9 +114,10 @@ def evaluate(args, device, data, backbone, folder):
         if args.features == "augmented":
             draws = draw_views(size, generator, *image_shape, scale=CROP_SCALE)
             images = batches(data.train_images, order, args.batch_size, device)
-        sums = torch.zeros(2, device=device)  # of the loss and the right answers, over pictures
+        splits = torch.arange(size, device=device).split(args.batch_size)
+        metrics = torch.zeros(len(splits), 2, device=device)  # of each step: the loss, and the right answers
 
-        for rows in torch.arange(size, device=device).split(args.batch_size):
+        for step, rows in enumerate(splits):
             chosen = order[rows]
             if args.features == "cached":
                 features = train_features[chosen]
@@ -129,26 +128,31 @@ def evaluate(args, device, data, backbone, folder):
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            sums += torch.stack((loss.detach() * len(chosen), (logits.argmax(dim=1) == labels).sum()))
+            metrics[step] = torch.stack((loss.detach(), (logits.argmax(dim=1) == labels).sum()))
 
-        train_loss, train_right = (sums / size).tolist()
-        if not math.isfinite(train_loss):
-            print(f"main_lincls.py: error: epoch {epoch + 1}: the loss is {train_loss}; lower --lr", file=sys.stderr)
+        losses, right = metrics.double().cpu().unbind(dim=1)  # the epoch's one synchronization
+        if not losses.isfinite().all():
+            step = losses.isfinite().tolist().index(False)
+            print(
+                f"main_lincls.py: error: epoch {epoch + 1}, step {step + 1} of {len(splits)}: the loss is {losses[step]}; "
+                f"lower --lr ({args.lr:g})", file=sys.stderr,
+            )
             return None
+        sizes = torch.tensor([len(rows) for rows in splits])
         records.append({
-            "epoch": epoch + 1, "train_loss": train_loss, "train_top1": 100 * train_right,
+            "epoch": epoch + 1, "train_loss": ((losses * sizes).sum() / size).item(), "train_top1": 100 * right.sum().item() / size,
             "test_top1": top1(classifier, test_features, data.test_labels), "lr": rate,
             "seconds": round(time.perf_counter() - start, 3),
         })
-        log.append(folder, records[-1])
-        bar.set_postfix_str(f"training loss {train_loss:.3f}, test top-1 {records[-1]['test_top1']:.2f} %")
+        writer.log(records[-1])
+        bar.set_postfix_str(f"training loss {records[-1]['train_loss']:.3f}, test top-1 {records[-1]['test_top1']:.2f} %")
 
     moved = [name for name, value in backbone.state_dict().items() if not torch.equal(value, frozen[name])]
     if moved:
         raise AssertionError(f"the frozen backbone moved during linear evaluation: {', '.join(moved)}")
     weights = {name: value.cpu() for name, value in classifier.state_dict().items()}
-    checkpoint.save(os.path.join(folder, "classifier.pt"), weights)
-    plot.plot_run(folder)
+    writer.attempt(checkpoint.save, writer.path("classifier.pt"), weights)
+    writer.draw(plot.plot_run)
     return records
 
 
@@ -169,10 +173,11 @@ def main(argv=None):
         if args.lr is None:
             args.lr = LR_PER_256 * args.batch_size / 256
         folder = new_run_folder(args.exp_dir, args.trial)
+        writer = RunWriter(folder)
         write_config(folder, vars(args), device)
 
     print(f"{folder}: {args.pretrained}, {args.dataset}, {len(data.train_images)} pictures, {args.features} features, {describe(device)}, {args.precision}")
-    records = evaluate(args, device, data, backbone, folder)
+    records = evaluate(args, device, data, backbone, writer)
     if records is None:
         return 1
     last = records[-1]
@@ -180,6 +185,9 @@ def main(argv=None):
     best = max(records, key=lambda record: record["test_top1"])
     print(f"linear top-1: {last['test_top1']:.2f} %, last epoch ({last['epoch']}), {count}")
     print(f"best epoch ({best['epoch']}): {best['test_top1']:.2f} %, chosen on the test pictures and so not the result")
+    if writer.unsaved is not None:
+        print(f"main_lincls.py: error: {writer.unsaved}", file=sys.stderr)
+        return 1
     return 0
 
 

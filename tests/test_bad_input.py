@@ -107,8 +107,9 @@ def test_main_refuses_to_resume_what_does_not_fit(refused, no_gpu, finished_run,
 def test_both_refuse_a_truncated_checkpoint(refused, no_gpu, finished_run, tmp_path, size):
     whole = pathlib.Path(finished_run, "checkpoint.pt").read_bytes()
     (tmp_path / "checkpoint.pt").write_bytes(whole[:size])
-    refused(pretraining.main, ["--resume", tmp_path / "checkpoint.pt"], "checkpoint.pt", "truncated or damaged")
-    refused(main_lincls.main, ["--pretrained", tmp_path / "checkpoint.pt", "--dataset", "shapes"], "checkpoint.pt", "truncated or damaged")
+    reason = "truncated or damaged" if size else "the file is empty"
+    refused(pretraining.main, ["--resume", tmp_path / "checkpoint.pt"], "checkpoint.pt", reason)
+    refused(main_lincls.main, ["--pretrained", tmp_path / "checkpoint.pt", "--dataset", "shapes"], "checkpoint.pt", reason)
 
 
 class Mark:
@@ -163,9 +164,10 @@ def test_any_bytes_are_refused_as_a_checkpoint(tmp_path, finished_run):
 
 
 def test_a_run_folder_without_a_checkpoint_is_named(refused, no_gpu, tmp_path):
-    (tmp_path / "experiments" / "empty").mkdir(parents=True)
-    (tmp_path / "experiments" / "empty" / "config.json").write_text("{}")
-    refused(pretraining.main, [*SMALL, "--resume", "auto", "--trial", "empty"], "no such file", "remove")
+    """A folder that holds more than a start of main.py: somebody's figures, say."""
+    (tmp_path / "experiments" / "other").mkdir(parents=True)
+    (tmp_path / "experiments" / "other" / "log.jsonl").write_text('{"epoch": 1}\n')
+    refused(pretraining.main, [*SMALL, "--resume", "auto", "--trial", "other"], "no such file", "remove")
 
 
 @pytest.mark.parametrize("content", ["", "5\n", '{"loss": 1}\n'])

@@ -9,9 +9,11 @@ import time
 import pytest
 import torch
 
+import main as pretraining
 import simsiam
 from conftest import REPO, SMALL
 from utils import checkpoint, log
+from utils.device import autocast
 
 FIGURES = ("loss", "std", "lr", "knn1", "knn200")
 
@@ -147,15 +149,52 @@ def test_the_untrained_network_is_measured_on_request(run_main):
     assert torch.equal(untrained["conv1.weight"], simsiam.resnet18(4).conv1.weight)
 
 
-def test_collapse_is_warned_of(run_main, monkeypatch, capsys):
+def test_collapse_is_warned_of_once_with_its_cause(run_main, monkeypatch, capsys):
     monkeypatch.setattr("main.feature_std", lambda z: 0.01 * z.std())
-    run_main("--epochs", 1)
-    assert "collapsed" in capsys.readouterr().err
+    run_main("--epochs", 2)
+    assert "collapsed" not in capsys.readouterr().err
+    run_main("--epochs", 6)
+    error = capsys.readouterr().err
+    assert error.count("collapsed") == 1 and "epoch 3: std 0.0" in error
+    assert "rate too high" in error and "--learning_rate (0.00375)" in error
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(run_main, capsys):
+    """It is said in which step; the checkpoint is from before."""
     assert run_main("--epochs", 3, "--learning_rate", 1e30, "--trial", "run", "--save_freq", 1) == 1
-    assert "the loss is nan" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "epoch 1, step 2 of 8: the loss is nan" in error and "lower --learning_rate (1e+30)" in error
+    assert "run/checkpoint.pt is kept as of epoch 0" in error
+    state = checkpoint.load("experiments/run/checkpoint.pt")
+    assert state["epoch"] == 0 and all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(run_main, capsys):
+    """One step an epoch, whose loss is finite and whose update is not."""
+    settings = ("--batch_size", 256, "--epochs", 3, "--save_freq", 1, "--trial", "run")
+    assert run_main(*settings, "--learning_rate", 1e300) == 1
+    assert "epoch 1, step 1 of 1: after it a weight is not a finite number" in capsys.readouterr().err
+    state = checkpoint.load("experiments/run/checkpoint.pt")
+    assert state["epoch"] == 0 and all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_skipped_steps_are_told(shapes):
+    """A loss scaler whose scale overflows in the backward pass skips the update and lowers the scale."""
+    torch.manual_seed(0)
+    model = simsiam.SimSiam(simsiam.resnet18(4), 32, 16)
+    torch.nn.init.normal_(model.predictor[-1].weight, std=1e-6)  # short outputs have large gradients
+    torch.nn.init.zeros_(model.predictor[-1].bias)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-9, 0.9, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-120)
+    step = pretraining.make_train_step(model, optimizer, scaler, autocast(torch.device("cpu"), "fp32"), False)
+    order, *draws = pretraining.draw_epoch(0, 0, 64, 64, (32, 32), "cpu")
+    before = model.predictor[0].weight.clone()
+    told = []
+    for _ in range(3):
+        told.append(step(shapes.train_images[order], *draws)[2].item())
+        moved = not torch.equal(before, model.predictor[0].weight)
+        assert moved == (0 in told)
+    assert told == [1, 0, 0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -165,7 +204,8 @@ def test_a_stopped_run_goes_on_exactly(run_main, no_gpu, tmp_path, number):
     command = [sys.executable, str(REPO / "main.py"), *SMALL, *settings, "--exp_dir", str(tmp_path), "--trial", "stopped"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    while not (tmp_path / "stopped" / "log.jsonl").exists():
+    lines = tmp_path / "stopped" / "log.jsonl"
+    while not (lines.exists() and lines.stat().st_size):
         time.sleep(0.02)
         assert process.poll() is None
     process.send_signal(number)

@@ -8,6 +8,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity
 
 from utils import shapes
+from utils.device import require_memory
 
 CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 DATASETS = (*CIFAR, "shapes")
@@ -75,9 +76,12 @@ def load_dataset(name, root, device, train_size=None, test_size=None):
     data set's, OSError where the data cannot be downloaded.
     """
     if name == "shapes":
+        train_size, test_size = train_size or SHAPES_TRAIN, test_size or SHAPES_TEST
+        require_memory(
+            (train_size + test_size) * 3 * shapes.SIZE**2, torch.device("cpu"), f"--train_size {train_size} --test_size {test_size}"
+        )
         splits = (
-            shapes.draw_shapes(train_size or SHAPES_TRAIN, SHAPES_TRAIN_SEED),
-            shapes.draw_shapes(test_size or SHAPES_TEST, SHAPES_TEST_SEED),
+            shapes.draw_shapes(train_size, SHAPES_TRAIN_SEED), shapes.draw_shapes(test_size, SHAPES_TEST_SEED),
         )
         classes = list(shapes.CLASSES)
     elif name in CIFAR:

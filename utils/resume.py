@@ -67,6 +67,7 @@ def find_resumed(resume, exp_dir, trial):
 
 def load_state(path):
     """The state in a checkpoint.pt. Raises ValueError and OSError if it is none, or one of another version."""
+    stamp = file_stamp(path)
     state = checkpoint.load(path)
     if not (isinstance(state, dict) and {"epoch", "model", "config"} <= state.keys()):
         raise ValueError(f"{path}: not a checkpoint.pt that main.py wrote")
@@ -77,7 +78,22 @@ def load_state(path):
         )
     if not (KEYS <= state.keys() and isinstance(state["config"], dict) and {*RECIPE} <= state["config"].keys()):
         raise ValueError(f"{path}: not a whole checkpoint.pt of main.py; there have to be {', '.join(sorted(KEYS))}")
-    return state
+    return {**state, "origin": (path, stamp)}
+
+
+def file_stamp(path):
+    """What changes when a file is written anew, or None where there is none."""
+    if not os.path.exists(path):
+        return None
+    status = os.stat(path)
+    return status.st_ino, status.st_mtime_ns
+
+
+def check_unchanged(state):
+    """To be called with the run's folder locked: raises ValueError if another process wrote the checkpoint since."""
+    path, stamp = state["origin"]
+    if file_stamp(path) != stamp:
+        raise ValueError(f"{path}: another process has just gone on with this run; resume it again")
 
 
 def resumed_settings(parser, argv, config):
@@ -92,8 +108,9 @@ def resumed_settings(parser, argv, config):
     return args
 
 
-def restore(state, path, model, optimizer, scaler):
-    """Copy a checkpoint's state into them. Raises ValueError, which names path, for what does not fit."""
+def restore(state, model, optimizer, scaler):
+    """Copy a checkpoint's state into them. Raises ValueError, which names the file, for what does not fit."""
+    path, _ = state["origin"]
     checkpoint.load_module(model, state["model"], path)
     try:
         optimizer.load_state_dict(state["optimizer"])

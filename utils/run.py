@@ -102,9 +102,9 @@ class RunWriter:
     checkpoint that is.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, saved_epoch=None):
         self.folder, self.lock = folder, lock(folder)
-        self.lines, self.unsaved, self.saved_epoch = [], None, None
+        self.lines, self.unsaved, self.saved_epoch = [], None, saved_epoch
 
     def path(self, name):
         return os.path.join(self.folder, name)
@@ -135,10 +135,11 @@ class RunWriter:
 
     def write(self, state, backbone):
         """Write checkpoint.pt (all that a resumed run needs) and backbone.pt (all that evaluation needs), or raise OSError."""
-        self.write_log()  # first: a run resumed from the checkpoint does not repeat its lines
+        # The checkpoint last: a run resumed from it repeats neither its log lines nor its backbone.
+        self.write_log()
+        checkpoint.save(self.path(BACKBONE), backbone)
         checkpoint.save(self.path(CHECKPOINT), state, keep_previous=True)
         self.saved_epoch = state["epoch"]
-        checkpoint.save(self.path(BACKBONE), backbone)
 
     def save(self, state, backbone):
         """`write`, as far as it can be done."""
