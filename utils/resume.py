@@ -4,7 +4,7 @@ import os
 
 from utils import checkpoint, log
 from utils.cli import warn
-from utils.run import CHECKPOINT, CONFIG, run_folder
+from utils.run import BACKBONE, CHECKPOINT, CONFIG, run_folder
 
 FORMAT = 1  # of checkpoint.pt; another number is another version of this code
 
@@ -33,7 +33,7 @@ def newest_run(exp_dir):
 def is_unfinished_start(folder):
     """Whether the folder holds no more than a run killed before its first checkpoint leaves."""
     names = {name for name in os.listdir(folder) if not name.endswith(".partial")}
-    return names <= {CONFIG, log.LOG} and not (log.LOG in names and os.path.getsize(os.path.join(folder, log.LOG)))
+    return names <= {CONFIG, log.LOG, BACKBONE} and not (log.LOG in names and os.path.getsize(os.path.join(folder, log.LOG)))
 
 
 def find_resumed(resume, exp_dir, trial):
