@@ -150,17 +150,99 @@ def test_main_lincls_refuses_a_classifier(refused, no_gpu, tmp_path):
     refused(main_lincls.main, ["--pretrained", tmp_path / "classifier.pt", "--dataset", "shapes"], "no backbone")
 
 
-def test_any_bytes_are_refused_as_a_checkpoint(tmp_path, finished_run):
-    """Texts, other pickles, and a checkpoint with a flipped byte are unreadable, or what they were."""
-    whole = pathlib.Path(finished_run, "backbone.pt").read_bytes()
-    flipped = [whole[:i] + bytes([whole[i] ^ 0xFF]) + whole[i + 1:] for i in range(0, len(whole), len(whole) // 150)]
+def same(first, second):
+    """Whether two nests of dicts, lists, tensors and plain values are equal."""
+    if isinstance(first, list):
+        return isinstance(second, list) and len(first) == len(second) and all(map(same, first, second))
+    if isinstance(first, dict):
+        return isinstance(second, dict) and list(first) == list(second) and all(same(first[key], second[key]) for key in first)
+    return torch.equal(first, second) if torch.is_tensor(first) else first == second
+
+
+def test_other_files_are_refused_as_a_checkpoint(tmp_path):
     path = tmp_path / "bytes.pt"
-    for content in (b"epoch,loss\n1,2\n", pickle.dumps({"a": 1}), pickle.dumps([1], 4), b"\0" * 100, *flipped):
+    for content in (b"epoch,loss\n1,2\n", pickle.dumps({"a": Mark()}), pickle.dumps([1], 4), b"\0" * 100):
         path.write_bytes(content)
-        try:
+        with pytest.raises(ValueError, match="bytes.pt"):
             checkpoint.load(str(path))
-        except ValueError as error:
-            assert "bytes.pt" in str(error)
+
+
+def test_every_flipped_byte_and_every_cut_is_noticed(tmp_path):
+    """All bytes of a small checkpoint: headers, values, tensors, tail. Only the seven that mark the digest may be
+    other ones, and then the content is what it was."""
+    path = tmp_path / "small.pt"
+    state = {"weight": torch.arange(300.0), "config": {"width": 4, "name": "text"}, "list": [torch.ones(3, 3), 1.5]}
+    checkpoint.save(str(path), state)
+    whole = path.read_bytes()
+    refused = 0
+    for i in range(len(whole)):
+        for content in (whole[:i], whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1:]):
+            path.write_bytes(content)
+            try:
+                assert same(checkpoint.load(str(path)), state)
+            except ValueError as error:
+                assert "small.pt" in str(error)
+                refused += 1
+    assert refused >= 2 * len(whole) - 2 * len(checkpoint.DIGEST_MARK)
+
+
+def test_flipped_bytes_of_a_whole_checkpoint_are_refused(refused, no_gpu, finished_run, tmp_path):
+    for name, function, option in (("checkpoint.pt", pretraining.main, "--resume"), ("backbone.pt", main_lincls.main, "--pretrained")):
+        whole = pathlib.Path(finished_run, name).read_bytes()
+        for i in (0, 40, len(whole) // 3, len(whole) // 2, len(whole) - 5000, len(whole) - 80, len(whole) - 1):
+            (tmp_path / name).write_bytes(whole[:i] + bytes([whole[i] ^ 4]) + whole[i + 1:])
+            refused(function, [option, tmp_path / name, "--dataset", "shapes"], name, "truncated or damaged")
+
+
+def test_a_flipped_tensor_in_a_file_of_torch_save_is_noticed(tmp_path):
+    """Such a file has no digest, but checksums of its parts."""
+    path = tmp_path / "theirs.pt"
+    torch.save({"weight": torch.arange(300.0)}, path)
+    assert checkpoint.load(str(path))["weight"][7] == 7
+    whole = path.read_bytes()
+    place = whole.index(torch.arange(300.0).numpy().tobytes()) + 30
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1:])
+    with pytest.raises(ValueError, match="damaged"):
+        checkpoint.load(str(path))
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda state: state.update(format=99), ["another version", "format is 99", "config.json"]),
+    (lambda state: state.pop("format"), ["another version"]),
+    (lambda state: state.pop("optimizer"), ["not a whole checkpoint.pt"]),
+    (lambda state: state["config"].pop("width"), ["not a whole checkpoint.pt"]),
+    (lambda state: state["config"].update(width=8), ["does not fit", "another shape: backbone.conv1.weight is (4, 3, 3, 3), not (8, 3, 3, 3)"]),
+    (lambda state: state["config"].update(arch="resnet34"), ["does not fit", "missing: backbone.layer1.2"]),
+    (lambda state: state["config"].update(dim=64), ["does not fit", "projector"]),
+    (lambda state: state["config"].update(num_proj_layers=3), ["does not fit", "projector"]),
+    (lambda state: state["optimizer"]["param_groups"].clear(), ["optimizer", "does not fit"]),
+    (lambda state: state.update(epoch=0, step=10**6), ["step"]),
+])
+def test_a_checkpoint_that_does_not_fit_is_refused(refused, no_gpu, finished_run, tmp_path, change, words):
+    state = checkpoint.load(os.path.join(finished_run, "checkpoint-previous.pt"))
+    change(state)
+    checkpoint.save(str(tmp_path / "other.pt"), state)
+    refused(pretraining.main, ["--resume", tmp_path / "other.pt"], "other.pt", *words)
+
+
+def test_both_checkpoints_damaged_names_both(refused, no_gpu, finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "experiments" / "run")
+    for name in ("checkpoint.pt", "checkpoint-previous.pt"):
+        (tmp_path / "experiments" / "run" / name).write_bytes(b"")
+    refused(pretraining.main, ["--resume", "auto"], "checkpoint.pt", "checkpoint-previous.pt", "empty")
+
+
+def test_data_with_a_flipped_byte_is_refused(refused, no_gpu, cifar_root, tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    shutil.copytree(os.path.join(cifar_root, "cifar-10-batches-py"), folder)
+    for name, content in (("data_batch_3", None), ("test_batch", b""), ("batches.meta", None)):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:50] + bytes([whole[50] ^ 1]) + whole[51:] if content is None else content)
+        refused(pretraining.main, ["--data_root", tmp_path], f"damaged: {name}")
+        (folder / name).write_bytes(whole)
+    (folder / "data_batch_1").unlink()
+    (folder / "data_batch_1").mkdir()
+    refused(pretraining.main, ["--data_root", tmp_path], "damaged: data_batch_1")
 
 
 def test_a_run_folder_without_a_checkpoint_is_named(refused, no_gpu, tmp_path):

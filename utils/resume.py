@@ -111,6 +111,8 @@ def resumed_settings(parser, argv, config):
 def restore(state, model, optimizer, scaler):
     """Copy a checkpoint's state into them. Raises ValueError, which names the file, for what does not fit."""
     path, _ = state["origin"]
+    if len(state["metrics"]) != state["step"]:
+        raise ValueError(f"{path}: it has the metrics of {len(state['metrics'])} steps of the epoch, not of step {state['step']}")
     checkpoint.load_module(model, state["model"], path)
     try:
         optimizer.load_state_dict(state["optimizer"])
