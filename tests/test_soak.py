@@ -11,7 +11,7 @@ from utils import log
 EPOCHS = int(os.environ.get("SOAK", 60))
 
 
-def note_resources(path):
+def note_resources():
     """Have each log line note the process's resident MiB and open files."""
     usual = log.append
 
