@@ -130,6 +130,13 @@ def test_no_permission_names_the_file(tmp_path, runs):
     assert checkpoint.load(str(tmp_path / "run" / "checkpoint.pt"))["epoch"] == 0
 
 
+def test_output_that_cannot_be_written_does_not_end_a_run(tmp_path):
+    """Output that cannot be written, here for want of room, costs no epoch."""
+    argv = [*SMALL, "--exp_dir", tmp_path, "--epochs", 2, "--eval_freq", 1, "--trial", "run"]
+    assert children.finish(children.start(argv, "/dev/full")) == 0
+    assert [record["epoch"] for record in log.read(str(tmp_path / "run"))] == [1, 2]
+
+
 def remove_folder(epoch):
     usual = log.append
 
