@@ -73,6 +73,15 @@ def test_tables_and_figures_come_from_the_log(tmp_path):
     assert missing.returncode == 2 and missing.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["a b", "$x_$", "\udcff"])
+def test_any_folder_name_has_figures(tmp_path, name):
+    folder = str(tmp_path / name)
+    os.mkdir(folder)
+    log.append(folder, {"epoch": 1, "loss": -0.5})
+    plot.plot_run(folder)
+    assert os.path.getsize(os.path.join(folder, "loss-plot.png")) > 1000
+
+
 def test_views_are_shown_in_their_colors(tmp_path):
     images = torch.full((2, 3, 32, 32), 128, dtype=torch.uint8)
     plot.plot_views(str(tmp_path), images, torch.zeros(2, 3, 32, 32), torch.zeros(2, 3, 32, 32))

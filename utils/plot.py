@@ -39,11 +39,12 @@ def finish(figure, axes, folder, name, ylabel, **legend):
 def plot_run(folder):
     """Make loss-plot.png and top1-acc.png in the folder of a run of main.py or main_lincls.py."""
     records = log.read(folder)
-    title = os.path.basename(os.path.abspath(folder))
+    # A folder's name may hold bytes that are no text, and dollar signs that are no formula.
+    title = os.path.basename(os.path.abspath(folder)).encode(errors="backslashreplace").decode()
 
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.subplots()
-    axes.set_title(title, fontsize="medium")
+    axes.set_title(title, fontsize="medium", parse_math=False)
     curve(axes, records, "loss", "loss", BLUE)
     curve(axes, records, "train_loss", "training loss", BLUE)
     legend = {}
@@ -55,7 +56,7 @@ def plot_run(folder):
 
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.subplots()
-    axes.set_title(title, fontsize="medium")
+    axes.set_title(title, fontsize="medium", parse_math=False)
     curve(axes, records, "knn200", "kNN, k = 200", BLUE)
     curve(axes, records, "knn1", "kNN, k = 1", ORANGE, linestyle="--")
     curve(axes, records, "test_top1", "linear, test", BLUE)
