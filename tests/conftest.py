@@ -1,5 +1,6 @@
 """What several tests share: real CIFAR-10 where it is at hand, and small runs of the two scripts."""
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ sys.path.insert(0, str(REPO))
 import main as pretraining  # noqa: E402
 import main_lincls  # noqa: E402
 from utils.data import load_dataset  # noqa: E402
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs the tests may ignore it, and then so would a run
 
 # A run of some seconds: eight steps on the built-in shapes.
 SMALL = (

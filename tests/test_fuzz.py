@@ -88,13 +88,13 @@ def test_any_arguments_of_main(offline, monkeypatch, tmp_path):
     monkeypatch.setattr("main.pretrain", lambda *args: 0)  # all but the training itself
     codes = []
 
-    @settings(FUZZ, max_examples=150 * TIMES)
+    @settings(FUZZ, max_examples=80 * TIMES)
     @given(options_of(pretraining))
     def fuzz(argv):
         codes.append(check(pretraining, TINY, argv, tmp_path / "here"))
 
     fuzz()
-    assert min(codes.count(0), codes.count(2)) > 20
+    assert min(codes.count(0), codes.count(2)) > 10
 
 
 def test_any_arguments_of_a_whole_run(offline, monkeypatch, tmp_path):
@@ -116,10 +116,10 @@ def test_any_arguments_of_main_lincls(offline, monkeypatch, tmp_path, finished_r
     base = ["--pretrained", os.path.join(finished_run, "backbone.pt"), *"--dataset shapes --train_size 8 --test_size 4".split()]
     codes = []
 
-    @settings(FUZZ, max_examples=100 * TIMES)
+    @settings(FUZZ, max_examples=60 * TIMES)
     @given(options_of(main_lincls))
     def fuzz(argv):
         codes.append(check(main_lincls, base, argv, tmp_path / "here"))
 
     fuzz()
-    assert min(codes.count(0), codes.count(2)) > 20
+    assert min(codes.count(0), codes.count(2)) > 10

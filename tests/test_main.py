@@ -154,7 +154,7 @@ def test_collapse_is_warned_of_once_with_its_cause(run_main, monkeypatch, capsys
     monkeypatch.setattr("main.feature_std", lambda z: 0.01 * z.std())
     run_main("--epochs", 2)
     assert "collapsed" not in capsys.readouterr().err
-    run_main("--epochs", 6)
+    run_main("--epochs", 4)
     error = capsys.readouterr().err
     assert error.count("collapsed") == 1 and "epoch 3: std 0.0" in error
     assert "rate too high" in error and "--learning_rate (0.00375)" in error
@@ -198,9 +198,8 @@ def test_skipped_steps_are_told(shapes):
     assert told == [1, 0]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_goes_on_exactly(tmp_path, number, monkeypatch):
-    """Stopped inside an epoch by Ctrl-C or SIGTERM and resumed, a run ends as if it had not been."""
+def test_a_stopped_run_goes_on_exactly(tmp_path, monkeypatch):
+    """Stopped inside an epoch by Ctrl-C and resumed, a run ends as if it had not been."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     settings = ("--epochs", "6", "--save_freq", "100", "--eval_freq", "100", "--exp_dir", str(tmp_path))
     process = children.start([*SMALL, *settings, "--trial", "stopped"], tmp_path / "output.txt")
@@ -208,8 +207,8 @@ def test_a_stopped_run_goes_on_exactly(tmp_path, number, monkeypatch):
     while not (lines.exists() and lines.stat().st_size):
         time.sleep(0.02)
         assert process.is_alive()
-    os.kill(process.pid, number)
-    assert children.finish(process) == 128 + number
+    os.kill(process.pid, signal.SIGINT)
+    assert children.finish(process) == 130
     stopped = checkpoint.load(str(tmp_path / "stopped" / "checkpoint.pt"))
     assert 1 <= stopped["epoch"] < 6
     hint = (tmp_path / "output.txt").read_text().split("to go on: python main.py ")[1].split()[:2]

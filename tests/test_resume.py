@@ -199,7 +199,7 @@ def slow_knn(folder):
     main.knn_accuracy = sleep
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_does_not_wait_for_the_knn(tmp_path, runs, number):
     settings = ("--epochs", "2", "--eval_freq", "1")
     assert runs(*settings, "--trial", "whole")[0] == 0

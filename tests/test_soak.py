@@ -8,7 +8,7 @@ import pytest
 import children
 from utils import log
 
-EPOCHS = int(os.environ.get("SOAK", 60))
+EPOCHS = int(os.environ.get("SOAK", 40))
 
 
 def note_resources():
