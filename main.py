@@ -14,13 +14,14 @@ import shlex
 import shutil
 import sys
 import time
+from functools import partial
 
 from utils.cpu import prepare_cpu  # before torch
 
 import torch
 from tqdm import tqdm
 
-from simsiam import ARCHS, SimSiam, feature_std, simsiam_loss
+from simsiam import ARCHS, SimSiam, feature_std, load_tensors, simsiam_loss
 from utils import checkpoint, plot
 from utils.augment import apply_two_views, draw_views, epoch_generator
 from utils.cli import Parser, real_number, run, warn, whole_number
@@ -28,7 +29,7 @@ from utils.data import DATASETS, batches, load_dataset
 from utils.device import autocast, describe, memory_layout, require_memory, select_device, select_precision
 from utils.graph import GraphedStep, set_rate
 from utils.knn import knn_accuracy
-from utils.resume import FORMAT, check_unchanged, find_resumed, restore, resumed_settings
+from utils.resume import FORMAT, PRETRAINING, check_unchanged, find_resumed, machine, restore, resumed_settings, warn_if_elsewhere
 from utils.run import BACKBONE, CHECKPOINT, RunWriter, new_run_folder, write_config
 from utils.stop import StopRequest
 
@@ -164,7 +165,9 @@ def build(args, device, state):
     )
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     if state is not None:
-        restore(state, model, optimizer, scaler)
+        restore(
+            state, model=partial(load_tensors, model), optimizer=optimizer.load_state_dict, scaler=scaler.load_state_dict
+        )
     return model, optimizer, scaler
 
 
@@ -262,7 +265,7 @@ def pretrain(args, device, data, model, optimizer, scaler, writer, state, stop):
             if stopped or finished or (state["step"] == 0 and state["epoch"] % args.save_freq == 0):
                 if not is_finite(model):
                     return give_up(args, writer, epoch, step - 1, steps, "after it a weight is not a finite number")
-                writer.save(checkpoint_state(args, device, state, model, optimizer, scaler), backbone_state(model))
+                writer.save(run_files(args, device, state, model, optimizer, scaler), state["epoch"])
                 if state["epoch"] > 0:
                     writer.draw(plot.plot_run)
             if (stopped or finished) and writer.unsaved is not None:
@@ -280,17 +283,15 @@ def new_epoch(epoch):
     return {"epoch": epoch, "step": 0, "metrics": torch.zeros(0, 3), "seconds": 0.0}
 
 
-def checkpoint_state(args, device, state, model, optimizer, scaler):
-    """All that a resumed run needs."""
+def run_files(args, device, state, model, optimizer, scaler):
+    """backbone.pt, all that evaluation needs, and checkpoint.pt, all that a resumed run needs."""
     return {
-        **state, "format": FORMAT, "config": vars(args), "machine": machine(device),
-        "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+        BACKBONE: backbone_state(model),
+        CHECKPOINT: {
+            **state, "format": FORMAT, "config": vars(args), "machine": machine(device),
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+        },
     }
-
-
-def machine(device):
-    """What has to be the same for a resumed run to be the uninterrupted one bit for bit."""
-    return {"device": describe(device), "torch": str(torch.__version__)}
 
 
 def give_up(args, writer, epoch, step, steps, what):
@@ -326,7 +327,7 @@ def start(args, device, model, optimizer, scaler, folder):
     writer, state = RunWriter(folder), new_epoch(0)
     try:
         write_config(folder, vars(args), device)
-        writer.write(checkpoint_state(args, device, state, model, optimizer, scaler), backbone_state(model))
+        writer.write(run_files(args, device, state, model, optimizer, scaler), state["epoch"])
     except OSError:
         if made:
             shutil.rmtree(folder, ignore_errors=True)
@@ -341,9 +342,9 @@ def main(argv=None):
     with parser.user_errors():
         folder, state = None, None
         if args.resume is not None:
-            folder, state = find_resumed(args.resume, args.exp_dir, args.trial)
+            folder, state = find_resumed(PRETRAINING, args.resume, args.exp_dir, args.trial)
         if state is not None:
-            args = resumed_settings(parser, argv, state["config"])
+            args = resumed_settings(PRETRAINING, parser, argv, state["config"])
             if state["epoch"] >= args.epochs:
                 print(f"{folder}: already done, epoch {state['epoch']} of {args.epochs}")
                 return 0
@@ -373,8 +374,7 @@ def main(argv=None):
             check_unchanged(state)
 
     print(f"{writer.folder}: {args.arch}, width {args.width}, {args.dataset}, {len(data.train_images)} pictures, {describe(device)}, {args.precision}")
-    if state.get("machine", machine(device)) != machine(device):
-        warn(f"the checkpoint was written with {state['machine']}, this is {machine(device)}: the run goes on, but not bit for bit as it would have there")
+    warn_if_elsewhere(state, device)
     if device.type == "cpu":
         print(
             "No GPU in use. Two CPU cores train 50 to 115 views/s at width 64 and 600 to 1,000 at width 16; an epoch "

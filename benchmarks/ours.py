@@ -10,7 +10,7 @@ from benchmarks.worker import LEARNING_RATE, Pipeline, host_images, serve, usabl
 from simsiam import SimSiam, feature_std, resnet18, simsiam_loss
 from utils.augment import apply_two_views, draw_views, epoch_generator
 from utils.data import batches
-from utils.device import DTYPES, autocast, select_precision
+from utils.device import DTYPES, autocast, memory_layout, select_precision
 from utils.graph import GraphedStep
 from utils.knn import knn_predict
 
@@ -29,7 +29,7 @@ class Ours(Pipeline):
         self.precision = "fp32"
         if self.on["low_precision"]:
             self.precision = "bf16" if self.device.type == "cpu" else select_precision("auto", self.device)
-        self.layout = torch.channels_last if self.on["channels_last"] else torch.contiguous_format
+        self.layout = memory_layout(self.device, self.width, self.batch) if self.on["channels_last"] else torch.contiguous_format
         torch.manual_seed(0)
         self.model = SimSiam(resnet18(self.width)).to(self.device, memory_format=self.layout)
         self.optimizer = torch.optim.SGD(

@@ -22,7 +22,7 @@ def test_evaluates_what_main_wrote(finished_run, run_lincls, capsys, features, f
     assert f"linear top-1: {records[-1]['test_top1']:.2f} %, last epoch (5), the first 100 test pictures" in output
     assert f"{best:.2f} %, chosen on the test pictures" in output
     assert sorted(os.listdir("experiments/eval")) == [
-        "classifier.pt", "config.json", "log.jsonl", "loss-plot.png", "top1-acc.png",
+        "classifier.pt", "config.json", "confusion.png", "evaluation.pt", "log.jsonl", "loss-plot.png", "results.json", "top1-acc.png",
     ]
 
 
@@ -46,7 +46,9 @@ def test_the_backbone_is_frozen_and_a_moving_one_is_noticed(finished_run, run_li
     build = main_lincls.build_backbone
 
     def in_training_mode(*args):
-        return build(*args).train()  # the batch norm statistics would drift
+        backbone = build(*args)
+        backbone.eval = lambda: None
+        return backbone.train()  # the batch norm statistics would drift
 
     monkeypatch.setattr(main_lincls, "build_backbone", in_training_mode)
     with pytest.raises(AssertionError, match="moved.*bn1.running_mean"):
@@ -62,11 +64,18 @@ def test_same_seed_same_result(finished_run, run_lincls, no_gpu):
 
 
 def test_rate_falls_after_60_and_80_of_100_epochs():
-    rates = [main_lincls.stepped_rate(30.0, epoch, 100) for epoch in range(100)]
+    check_schedule("step", lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [60, 80]))
+
+
+def test_the_cosine_schedule_is_torchs():
+    check_schedule("cosine", lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100))
+
+
+def check_schedule(name, make):
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=30.0)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [60, 80])
-    for rate in rates:
-        assert rate == pytest.approx(schedule.get_last_lr()[0])
+    schedule = make(optimizer)
+    for epoch in range(100):
+        assert main_lincls.scheduled_rate(name, 30.0, epoch, 100) == pytest.approx(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
 
@@ -76,7 +85,7 @@ def test_a_classifier_learns_separable_features(monkeypatch, tmp_path, run_lincl
     backbone = simsiam.resnet18(4)
     torch.save(backbone.state_dict(), tmp_path / "backbone.pt")
 
-    def one_hot(backbone, images, autocast):
+    def one_hot(backbone, images, *args):
         labels = shapes.train_labels[:256] if len(images) == 256 else shapes.test_labels[:100]
         return torch.nn.functional.one_hot(labels, 32).float()
 

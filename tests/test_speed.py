@@ -14,7 +14,7 @@ from benchmarks.ours import Ours
 from benchmarks.switches import SWITCHES, default_switches
 from conftest import REPO
 from utils.augment import MEAN, STD
-from utils.device import autocast
+from utils.device import autocast, memory_layout
 
 CPU = torch.device("cpu")
 TINY = "--width 4 --batch 16 --rounds 2 --seconds 0.2".split()
@@ -30,10 +30,11 @@ def test_our_step_is_main_pys(few_pictures, no_gpu, shapes):
     """Three steps as main.py makes them, on the same pictures with the same draws: the same weights, bit for bit."""
     ours = Ours(SETTINGS)
     torch.manual_seed(0)
-    model = simsiam.SimSiam(simsiam.resnet18(4)).to(memory_format=torch.channels_last)
+    layout = memory_layout(CPU, 4, 16)
+    model = simsiam.SimSiam(simsiam.resnet18(4)).to(memory_format=layout)
     optimizer = torch.optim.SGD(model.parameters(), 0.03, 0.9, weight_decay=5e-4, fused=True)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    step = pretraining.make_train_step(model, optimizer, scaler, autocast(CPU, "fp32"), False)
+    step = pretraining.make_train_step(model, optimizer, scaler, autocast(CPU, "fp32"), False, layout)
     inputs = list(ours.epoch(3))
     model.train()
     for given in inputs:

@@ -102,12 +102,12 @@ def draw_views(n, generator, height=SIZE, width=SIZE, scale=SCALE):
     )
 
 
-def normalize(images):
-    """Pictures without augmentation: uint8 [B, 3, H, W] or float in [0, 1] -> float32, by MEAN and STD."""
+def normalize(images, mean=MEAN, std=STD):
+    """Pictures without augmentation: uint8 [B, 3, H, W] or float in [0, 1] -> float32, by each channel's mean and std."""
     if images.dtype == torch.uint8:
         images = images / 255
     # Plain numbers, channel by channel: tensors of them would be copied to the device in every step.
-    return torch.cat([(images[:, i:i + 1] - MEAN[i]) / STD[i] for i in range(3)], dim=1)
+    return torch.cat([(images[:, i:i + 1] - mean[i]) / std[i] for i in range(3)], dim=1)
 
 
 def in_eager_cpu(x):

@@ -91,7 +91,7 @@ def load(path):
     """Read what `save` wrote, onto the CPU. Tensors and plain values only: code in the file does not run.
 
     Raises FileNotFoundError, IsADirectoryError, another OSError where the file cannot be read, and ValueError for a
-    file that is truncated, damaged (its digest does not agree) or holds more than that.
+    file that is truncated, damaged (its digest does not agree) or holds more than that, which it then names.
     """
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path!r} is a folder; a .pt file in it is needed")
@@ -107,42 +107,29 @@ def load(path):
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # of any kind: torch.load parses whatever bytes there are
         if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
-            reason = "there is more in it than tensors and plain values, and code in a file is not run"
+            reason = needed_code(content)
         else:
             reason = "truncated or damaged" if content else "the file is empty"
         raise ValueError(f"{path!r} cannot be read as a checkpoint: {reason}") from error
 
 
-def backbone_state(path):
-    """The backbone's state dict out of a `backbone.pt` or `checkpoint.pt`. Raises as `load` does, and
-    ValueError for a file that holds neither."""
-    state = load(path)
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):
-        prefix = "backbone."
-        state = {name.removeprefix(prefix): value for name, value in state["model"].items() if name.startswith(prefix)}
-    if not isinstance(state, dict) or not isinstance(state.get("conv1.weight"), torch.Tensor):
-        raise ValueError(f"{path}: no backbone in it; a backbone.pt or checkpoint.pt that main.py wrote is needed")
-    return state
+def needed_code(content):
+    """Why a file of torch.save that holds more than tensors and plain values is not read: a reason in words."""
+    try:
+        needed = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content)))
+    except Exception:  # of any kind, as in load
+        needed = []
+    return (
+        f"there is more in it than tensors and plain values{': ' * bool(needed)}{', '.join(needed[:3])}{' ...' * (len(needed) > 3)}; code in a "
+        "file is not run. If you trust the file, save its state_dict alone where the code that wrote it is at hand"
+    )
 
 
-def load_module(module, state, path):
-    """Copy a state dict into the module, every tensor matched by name and shape.
-
-    path names the file in the message. Raises ValueError that lists what is missing, unexpected or of another shape.
-    """
-    own = module.state_dict()
-    shapes = [
-        f"{name} is {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
-        for name in own if name in state and state[name].shape != own[name].shape
-    ]
-    problems = [
-        f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-        for what, names in (
-            ("missing:", [name for name in own if name not in state]),
-            ("unexpected:", [name for name in state if name not in own]),
-            ("another shape:", shapes),
-        ) if names
-    ]
-    if problems:
-        raise ValueError(f"{path} does not fit the network; {'; '.join(problems)}; see --arch and --width")
-    module.load_state_dict(state)
+def tensors_digest(tensors):
+    """A SHA-256, hexadecimal, of a state dict's names, shapes and values, however it is stored."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()

@@ -98,6 +98,19 @@ def load_dataset(name, root, device, train_size=None, test_size=None):
     )
 
 
+def balanced_subset(labels, fraction, seed):
+    """Which pictures are a fraction (more than 0, at most 1) of each class, drawn by the seed: int64 indices, in order.
+
+    The same on every device. A class has at least one picture, if it has any.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for rows in (torch.nonzero(labels.cpu() == label)[:, 0] for label in labels.unique().tolist()):
+        count = max(1, round(fraction * len(rows)))
+        chosen.append(rows[torch.randperm(len(rows), generator=generator)[:count]])
+    return torch.cat(chosen).sort().values
+
+
 def batches(images, order, batch_size, device):
     """Yield images[order] on the device, batch_size at a time: uint8 [<= batch_size, 3, H, W].
 

@@ -30,9 +30,10 @@ def select_precision(name, device):
 
 
 def memory_layout(device, width, batch_size):
-    """The memory format to train in: channels_last, but for what crashes in it: on CPUs with AVX-512, torch 2.15's
-    gradient of the shortcuts' weights with less than 16 channels, an odd batch and several threads."""
-    crashes = device.type == "cpu" and width < 16 and batch_size % 2 == 1
+    """The memory format to train in: channels_last, but for what corrupts memory in it on CPUs: torch 2.14's and 2.15's
+    gradient of the shortcuts' weights with fewer channels than a vector register holds: 8 with AVX2 (any batch), 16 with
+    AVX-512 (odd batches on several threads)."""
+    crashes = device.type == "cpu" and (width < 8 or width < 16 and batch_size % 2 == 1)
     return torch.contiguous_format if crashes else torch.channels_last
 
 

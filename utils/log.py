@@ -26,6 +26,16 @@ def append(folder, record):
         raise OSError(f"{path} could not be written ({error.strerror or error})") from error
 
 
+def write_json(path, content):
+    """Write a JSON file for people to read, too. Raises OSError that names it."""
+    try:
+        with open(path, "w") as file:
+            json.dump(content, file, indent=2)
+            file.write("\n")
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({error.strerror or error})") from error
+
+
 def read(folder):
     """The log as a list of dicts, by epoch. An epoch that a resumed run did again counts once, as it was
     last written; an unfinished line does not count. Raises OSError if there is no log, ValueError if it

@@ -64,6 +64,29 @@ def plot_run(folder):
     finish(figure, axes, folder, "top1-acc.png", "top-1 accuracy (%)")
 
 
+def plot_confusion(folder, confusion, classes):
+    """Make confusion.png: which classes are taken for which.
+
+    confusion: counts [C, C], true classes in rows; classes: their names.
+    """
+    shares = (100 * confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
+    count = len(classes)
+    figure = Figure(figsize=(5.5, 5) if count <= 20 else (8, 7.5), layout="constrained")
+    axes = figure.subplots()
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    if count <= 20:
+        axes.set_xticks(range(count), classes, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(count), classes)
+        for row in range(count):
+            for column in range(count):
+                color = "white" if shares[row, column] > 55 else "black"
+                axes.text(column, row, f"{shares[row, column]:.0f}", ha="center", va="center", color=color, fontsize="small")
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    figure.colorbar(picture, label="% of the true class", shrink=0.8)
+    figure.savefig(os.path.join(folder, "confusion.png"), dpi=150)
+
+
 def plot_views(folder, images, views1, views2):
     """Make views.png: a column for each picture, its two views below it.
 

@@ -1,6 +1,5 @@
 """The folder of a run: made, locked, and written to as far as the disk allows."""
 import fcntl
-import json
 import os
 import platform
 import subprocess
@@ -15,6 +14,8 @@ from utils.cli import warn
 from utils.device import describe
 
 CHECKPOINT, BACKBONE, CONFIG = "checkpoint.pt", "backbone.pt", "config.json"
+EVALUATION_CHECKPOINT = "evaluation.pt"  # what main_lincls.py resumes from
+
 
 def new_run_folder(exp_dir, trial=None):
     """Make exp_dir/trial, or for None the next free number from 1 on; returns the path.
@@ -75,9 +76,7 @@ def write_config(folder, settings, device):
             "cuda": torch.version.cuda if device.type == "cuda" else None,
         },
     }
-    with open(os.path.join(folder, CONFIG), "w") as file:
-        json.dump(config, file, indent=2)
-        file.write("\n")
+    log.write_json(os.path.join(folder, CONFIG), config)
 
 
 def lock(folder):
@@ -133,17 +132,17 @@ class RunWriter:
         self.lines.append(record)
         self.attempt(self.write_log)
 
-    def write(self, state, backbone):
-        """Write checkpoint.pt (all that a resumed run needs) and backbone.pt (all that evaluation needs), or raise OSError."""
-        # The checkpoint last: a run resumed from it repeats neither its log lines nor its backbone.
+    def write(self, files, epoch):
+        """Write `files`, states by their names in the folder, in this order, or raise OSError. The last one is what a
+        run resumes from: it then repeats neither its log lines nor the files before. epoch: where the run stands."""
         self.write_log()
-        checkpoint.save(self.path(BACKBONE), backbone)
-        checkpoint.save(self.path(CHECKPOINT), state, keep_previous=True)
-        self.saved_epoch = state["epoch"]
+        for name, state in files.items():
+            checkpoint.save(self.path(name), state, keep_previous=name == CHECKPOINT)
+        self.saved_epoch = epoch
 
-    def save(self, state, backbone):
+    def save(self, files, epoch):
         """`write`, as far as it can be done."""
-        self.attempt(self.write, state, backbone)
+        self.attempt(self.write, files, epoch)
 
     def draw(self, plot, *args):
         """Call plot(folder, *args), which makes figures; a run does not fail for want of them."""
