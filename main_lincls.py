@@ -35,7 +35,7 @@ from utils.device import autocast, describe, select_device, select_precision
 from utils.features import extract_features, feature_batches, make_augmented_features
 from utils.metrics import class_accuracies, confusion_matrix, top_k
 from utils.resume import EVALUATION, FORMAT, check_unchanged, find_resumed, machine, restore, resumed_settings, warn_if_elsewhere
-from utils.run import EVALUATION_CHECKPOINT, RunWriter, new_run_folder, write_config
+from utils.run import EVALUATION_CHECKPOINT, RESULTS, RunWriter, new_run_folder, write_config
 from utils.stop import StopRequest
 
 LR_PER_256 = 30.0            # the rate for a batch of 256; it scales linearly
@@ -43,7 +43,6 @@ MILESTONES = (0.6, 0.8)      # shares of the epochs after which the rate falls t
 CROP_SCALE = (0.08, 1.0)     # torchvision's default for RandomResizedCrop
 LINE_SEARCH = 25             # points of lbfgs's line search, at most
 SAVE_SECONDS = 10            # from one checkpoint to the next, at least
-RESULTS = "results.json"
 
 
 def share(text):
@@ -336,16 +335,6 @@ def give_up(what):
 # From the command line to the evaluation
 
 
-def build_backbone(arch, width, path):
-    """The backbone in a file, frozen and in evaluation mode. width None: the file's.
-    Raises ValueError and OSError for a file that is missing, damaged or does not fit."""
-    state = checkpoint.load(path)
-    try:
-        return load_backbone(state, arch, width).requires_grad_(False)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
 def build_heads(args, backbone, device, state):
     """The classifiers: new, those of a checkpoint's state, or the one of --evaluate."""
     if args.evaluate is not None:
@@ -429,7 +418,7 @@ def main(argv=None):
         args.precision = select_precision(args.precision, device)
         if device.type == "cpu":
             prepare_cpu()
-        backbone = build_backbone(args.arch, args.width, args.pretrained)
+        backbone = load_backbone(checkpoint.load(args.pretrained), args.arch, args.width, name=args.pretrained).requires_grad_(False)
         args.backbone = checkpoint.tensors_digest(backbone.state_dict())
         if state is not None and state["backbone"] != args.backbone:
             raise ValueError(f"--pretrained {args.pretrained}: not the backbone that {state['origin'][0]} was trained on")
@@ -448,8 +437,10 @@ def main(argv=None):
             writer = RunWriter(folder, state["epoch"])
             check_unchanged(state)
 
-    pictures = f"{len(data.train_images)} pictures" if args.fraction == 1 else f"{len(data.train_images)} of {labeled} pictures"
-    print(f"{writer.folder}: {args.pretrained}, {args.dataset}, {pictures}, {args.features} features, {describe(device)}, {args.precision}")
+    work = f"classifier {args.evaluate}"
+    if args.evaluate is None:
+        work = f"{len(data.train_images)}{'' if args.fraction == 1 else f' of {labeled}'} pictures, {args.features} features"
+    print(f"{writer.folder}: {args.dataset}, {work}, {describe(device)}, {args.precision}")
     warn_if_elsewhere(state, device)
     try:
         with StopRequest(args.max_minutes, begin) as stop:

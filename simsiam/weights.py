@@ -27,11 +27,11 @@ class Found(NamedTuple):
     stem_padding: int   # of the stem's 3x3 convolution
 
 
-def load_backbone(source, arch="resnet18", width=None, verbose=True):
+def load_backbone(source, arch="resnet18", width=None, verbose=True, name=None):
     """The backbone in a checkpoint, as a ResNet of this package in evaluation mode, on the CPU, in float32.
 
-    source: the path of a file, or what torch.load has made of one. arch: a key of ARCHS. width: channels of the
-    stem, None for the file's. The result takes normalized pictures float32 [B, 3, H, W] and returns features
+    source: the path of a file, or what torch.load has made of one; name: what messages call it (the path). arch: a key
+    of ARCHS. width: channels of the stem, None for the file's. The result takes normalized pictures float32 [B, 3, H, W] and returns features
     [B, feature_dim]. Every tensor of the backbone has to be there in name and shape. A line (verbose) says
     what was recognized. Files of solo-learn get their stem's padding of 2, which the state dict does not show: in
     a state dict saved from the result it is lost again.
@@ -42,11 +42,11 @@ def load_backbone(source, arch="resnet18", width=None, verbose=True):
     """
     if arch not in ARCHS:
         raise ValueError(f"no architecture {arch!r}; there are {', '.join(ARCHS)}")
-    label = ""
     if isinstance(source, (str, os.PathLike)):
-        label = f"{source}: "
+        name = source if name is None else name
         check_zip(source)
         source = torch.load(source, map_location="cpu", weights_only=True)
+    label = "" if name is None else f"{name}: "
     try:
         found = find_backbone(source)
         backbone = ARCHS[arch](found.tensors["conv1.weight"].shape[0] if width is None else width)

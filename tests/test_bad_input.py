@@ -140,9 +140,37 @@ def test_code_in_a_checkpoint_does_not_run(refused, no_gpu, tmp_path):
     ("--pretrained {run}/backbone.pt --features fast", ["fast", "cached"]),
     ("--pretrained {run}/backbone.pt --gpu 0", ["--gpu 0"]),
     ("--pretrained {run}/backbone.pt --train_size 0", ["--train_size"]),
+    ("--pretrained {run}/backbone.pt --fraction 0", ["--fraction", "more than 0 and at most 1"]),
+    ("--pretrained {run}/backbone.pt --fraction 1.1", ["--fraction", "at most 1"]),
+    ("--pretrained {run}/backbone.pt --crop_scale 1 0.5", ["--crop_scale 1 0.5", "smaller"]),
+    ("--pretrained {run}/backbone.pt --crop_scale 0.5", ["--crop_scale", "2 arguments"]),
+    ("--pretrained {run}/backbone.pt --std 0 1 1", ["--std", "more than 0"]),
+    ("--pretrained {run}/backbone.pt --seeds 0", ["--seeds", "at least 1"]),
+    ("--pretrained {run}/backbone.pt --optimizer lbfgs", ["lbfgs", "--features cached"]),
+    ("--pretrained {run}/backbone.pt --optimizer lbfgs --features cached --lr 1", ["--lr 1", "leave --lr out"]),
+    ("--pretrained {run}/backbone.pt --evaluate {run}/backbone.pt", ["backbone.pt", "not a classifier of 32 features and 10 classes"]),
+    ("--pretrained {run}/backbone.pt --evaluate none.pt", ["none.pt", "no such file"]),
+    ("--pretrained {run}/backbone.pt --evaluate c.pt --resume auto", ["--evaluate", "--resume"]),
+    ("--resume {run}/checkpoint.pt", ["checkpoint.pt", "not a whole evaluation.pt of main_lincls.py"]),
 ])
 def test_main_lincls_refuses(refused, no_gpu, finished_run, args, words):
     refused(main_lincls.main, ["--dataset", "shapes", *args.format(run=finished_run).split()], *words)
+
+
+def test_main_lincls_refuses_to_resume_what_does_not_fit(refused, no_gpu, finished_run, run_lincls, tmp_path):
+    path = os.path.join(finished_run, "backbone.pt")
+    assert run_lincls("--pretrained", path, "--features", "cached", "--epochs", 2, "--trial", "eval") == 0
+    for args, words in (
+        ("--epochs 3", ["--epochs 3", "has 2"]), ("--lr 3", ["--lr 3", "has 30"]), ("--seeds 2", ["--seeds 2", "has 1"]),
+        ("--features augmented", ["--features augmented", "has cached"]),
+        (f"--pretrained {finished_run}/untrained.pt", ["untrained.pt", "not the backbone"]),
+    ):
+        refused(main_lincls.main, ["--resume", "experiments/eval/evaluation.pt", *args.split()], *words)
+    refused(pretraining.main, ["--resume", "experiments/eval/evaluation.pt"], "not a whole checkpoint.pt of main.py")
+    state = checkpoint.load("experiments/eval/evaluation.pt")
+    state["heads"][0].pop("bias")
+    checkpoint.save("experiments/eval/evaluation.pt", state)
+    refused(main_lincls.main, ["--resume", "auto"], "evaluation.pt", "its heads does not fit")
 
 
 def test_main_lincls_refuses_a_classifier(refused, no_gpu, tmp_path):

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+import export
 import main as pretraining
 import main_lincls
 from conftest import REPO
@@ -99,7 +100,8 @@ def imported(path):
 def test_imports_go_one_way():
     """simsiam needs torch only; simsiam and utils do not know each other; nothing imports a main."""
     for path in (REPO / "simsiam").glob("*.py"):
-        assert set(imported(path)) <= {"torch", "simsiam", "math"}, path
+        assert set(imported(path)) <= {"torch", "simsiam"} | sys.stdlib_module_names, path
+    assert set(imported(REPO / "hubconf.py")) <= {"simsiam"} | sys.stdlib_module_names
     third_party = {"torch", "torchvision", "numpy", "tqdm", "matplotlib"}
     for path in (REPO / "utils").glob("*.py"):
         assert set(imported(path)) <= third_party | {"utils"} | sys.stdlib_module_names, path
@@ -107,13 +109,13 @@ def test_imports_go_one_way():
 
 
 def test_the_documented_commands_parse():
-    """Every command of the two scripts in the README and in their own docstrings is accepted by their parsers."""
-    texts = [(REPO / "README.md").read_text(), pretraining.__doc__, main_lincls.__doc__]
+    """Every command of the scripts in the README and in their own docstrings is accepted by their parsers."""
+    texts = [(REPO / "README.md").read_text(), pretraining.__doc__, main_lincls.__doc__, export.__doc__]
     commands = [
         shlex.split(line, comments=True) for text in texts for line in text.splitlines()
-        if line.strip().startswith(("python main.py", "python main_lincls.py"))
+        if line.strip().startswith(("python main.py", "python main_lincls.py", "python export.py"))
     ]
     assert len(commands) > 8
     for _, script, *args in commands:
-        module = {"main.py": pretraining, "main_lincls.py": main_lincls}[script]
+        module = {"main.py": pretraining, "main_lincls.py": main_lincls, "export.py": export}[script]
         module.make_parser().parse_args(args)

@@ -13,13 +13,17 @@ COMMENT_LENGTH = len(DIGEST_MARK) + 2 * hashlib.sha256().digest_size
 
 
 def save(path, state, keep_previous=False):
-    """Write `state` (tensors, plain numbers, strings, lists, dicts) to path: whole or not at all.
+    """Write `state` (tensors, plain numbers, strings, lists, dicts) to path as `write` does."""
+    write(path, with_digest(state), keep_previous)
 
-    The bytes go to a temporary file in the same folder, reach the disk, and take the name in one
+
+def write(path, content, keep_previous=False):
+    """Write bytes to path: whole or not at all.
+
+    They go to a temporary file in the same folder, reach the disk, and take the name in one
     step. keep_previous: the file that was there stays as previous_path(path). Raises OSError that names
     path; then the file that was there is as it was.
     """
-    content = with_digest(state)
     partial = f"{path}.partial"
     try:
         with open(partial, "wb") as file:
@@ -123,6 +127,11 @@ def needed_code(content):
         f"there is more in it than tensors and plain values{': ' * bool(needed)}{', '.join(needed[:3])}{' ...' * (len(needed) > 3)}; code in a "
         "file is not run. If you trust the file, save its state_dict alone where the code that wrote it is at hand"
     )
+
+
+def sha256(content):
+    """The SHA-256 of bytes, hexadecimal: what sha256sum prints for a file of them."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def tensors_digest(tensors):

@@ -4,8 +4,11 @@ import os
 from typing import NamedTuple
 
 import torch
-from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
 from torchvision.datasets.utils import check_integrity
+from torchvision.transforms.v2 import functional as pictures
+from tqdm import tqdm
 
 from utils import shapes
 from utils.device import require_memory
@@ -96,6 +99,33 @@ def load_dataset(name, root, device, train_size=None, test_size=None):
     return Dataset(
         train_images.to(home), train_labels.to(device), test_images.to(home), test_labels.to(device), classes
     )
+
+
+def load_folder(folder, size):
+    """The pictures of a folder, made `size` pixels square (the shorter side resized, the center cropped).
+
+    Returns images uint8 [N, 3, size, size], labels int64 [N], the classes' names and the files' paths. Classes are the
+    subfolders, as in torchvision's ImageFolder; pictures without subfolders have the label -1. Raises OSError for
+    a folder without pictures and for a picture that cannot be read.
+    """
+    if not os.path.isdir(folder):
+        raise OSError(f"{folder!r}: no such folder")
+    if any(entry.is_dir() for entry in os.scandir(folder)):
+        found = ImageFolder(folder)
+        files, labels, classes = *zip(*found.samples), found.classes
+    else:
+        files = sorted(entry.path for entry in os.scandir(folder) if entry.name.lower().endswith(IMG_EXTENSIONS))
+        labels, classes = [-1] * len(files), []
+    if not files:
+        raise OSError(f"{folder!r}: no pictures in it ({', '.join(IMG_EXTENSIONS)})")
+    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    for i, file in enumerate(tqdm(files, "pictures", leave=False, delay=2, disable=None)):
+        try:
+            picture = pil_loader(file)
+        except (OSError, SyntaxError) as error:  # Pillow's parsers raise both
+            raise OSError(f"{file}: not a picture that can be read") from error
+        images[i] = pictures.pil_to_tensor(pictures.center_crop(pictures.resize(picture, [size]), [size, size]))
+    return images, torch.tensor(labels), classes, list(files)
 
 
 def balanced_subset(labels, fraction, seed):

@@ -14,7 +14,7 @@ from utils.cli import warn
 from utils.device import describe
 
 CHECKPOINT, BACKBONE, CONFIG = "checkpoint.pt", "backbone.pt", "config.json"
-EVALUATION_CHECKPOINT = "evaluation.pt"  # what main_lincls.py resumes from
+EVALUATION_CHECKPOINT, RESULTS = "evaluation.pt", "results.json"  # what main_lincls.py resumes from, and its results
 
 
 def new_run_folder(exp_dir, trial=None):
