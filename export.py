@@ -19,7 +19,7 @@ from utils.cpu import prepare_cpu  # before torch
 import numpy
 import torch
 
-from simsiam import ARCHS, load_backbone
+from simsiam import ARCHS, is_plain, load_backbone
 from utils import checkpoint, log
 from utils.augment import MEAN, SIZE, STD
 from utils.cli import Parser, real_number, run, warn, whole_number
@@ -144,8 +144,8 @@ def export_backbone(args):
         read_back = torch.export.load(io.BytesIO(content.getvalue())).module()
         allowed = 1e-5
     else:
-        if backbone.conv1.padding != (1, 1):
-            raise ValueError(f"{args.pretrained}: its stem pads by 2, which a state dict does not show; take --format export")
+        if not is_plain(backbone):
+            raise ValueError(f"{args.pretrained}: its stem is another one than here, which a state dict does not show; take --format export")
         content = io.BytesIO(checkpoint.with_digest(rounded(backbone) if args.dtype == "fp16" else backbone.state_dict()))
         read_back = load_backbone(torch.load(content, weights_only=True), args.arch, verbose=False)
         allowed = 1e-5 if args.dtype == "fp32" else 1e-2

@@ -2,8 +2,8 @@
 from simsiam.loss import feature_std, simsiam_loss
 from simsiam.model import SimSiam
 from simsiam.resnet import ARCHS, resnet18, resnet34, resnet50
-from simsiam.weights import load_backbone, load_tensors
+from simsiam.weights import is_plain, load_backbone, load_tensors
 
 __all__ = [
-    "ARCHS", "SimSiam", "feature_std", "load_backbone", "load_tensors", "resnet18", "resnet34", "resnet50", "simsiam_loss",
+    "ARCHS", "SimSiam", "feature_std", "is_plain", "load_backbone", "load_tensors", "resnet18", "resnet34", "resnet50", "simsiam_loss",
 ]

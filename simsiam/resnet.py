@@ -68,6 +68,8 @@ class ResNet(nn.Module):
     distribution (fan out), batch norms from weight 1 and bias 0, as in torchvision.
     """
 
+    stem_relu = True  # some code for CIFAR leaves it out; simsiam.weights then sets it so
+
     def __init__(self, block, depths, width=64):
         super().__init__()
         self.conv1, self.bn1 = conv_bn(3, width, 3)
@@ -86,7 +88,9 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)  # [B, width, H, W]
+        x = self.bn1(self.conv1(x))                        # [B, width, H, W]
+        if self.stem_relu:
+            x = F.relu(x, inplace=True)
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)

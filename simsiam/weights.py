@@ -25,6 +25,7 @@ class Found(NamedTuple):
     others: int         # tensors of the file that are not in it: heads, and second copies
     normalization: str  # by which mean and std that code normalizes its pictures, where they are not this project's, else ""
     stem_padding: int   # of the stem's 3x3 convolution
+    stem_relu: bool     # whether a ReLU follows the stem's batch norm
 
 
 def load_backbone(source, arch="resnet18", width=None, verbose=True, name=None):
@@ -33,8 +34,9 @@ def load_backbone(source, arch="resnet18", width=None, verbose=True, name=None):
     source: the path of a file, or what torch.load has made of one; name: what messages call it (the path). arch: a key
     of ARCHS. width: channels of the stem, None for the file's. The result takes normalized pictures float32 [B, 3, H, W] and returns features
     [B, feature_dim]. Every tensor of the backbone has to be there in name and shape. A line (verbose) says
-    what was recognized. Files of solo-learn get their stem's padding of 2, which the state dict does not show: in
-    a state dict saved from the result it is lost again.
+    what was recognized. Two kinds of files come from other functions of the same tensors, and the result is that function:
+    solo-learn's stem pads by 2, and lightly's benchmark for CIFAR has no ReLU after the stem. In a state dict saved
+    from the result that is lost again; `is_plain` tells.
 
     Only tensors and plain values are read: code in a file never runs. Raises OSError for a file that cannot be
     read, pickle.UnpicklingError for one that holds more, RuntimeError or ValueError for one that is damaged, and
@@ -54,9 +56,15 @@ def load_backbone(source, arch="resnet18", width=None, verbose=True, name=None):
     except ValueError as error:
         raise ValueError(f"{label}{error}") from error
     backbone.conv1.padding = (found.stem_padding, found.stem_padding)
+    backbone.stem_relu = found.stem_relu
     if verbose:
         print(f"{label}{describe(found)}")
     return backbone.eval()
+
+
+def is_plain(backbone):
+    """Whether a backbone's function is the one that its state dict gives in a new network."""
+    return backbone.stem_relu and backbone.conv1.padding == (1, 1)
 
 
 def check_zip(path):
@@ -75,6 +83,8 @@ def describe(found):
         parts.append(f"{found.others} other tensors (heads, copies) left out")
     if found.stem_padding != 1:
         parts.append(f"its stem pads by {found.stem_padding}")
+    if not found.stem_relu:
+        parts.append("no ReLU after its stem")
     if found.normalization:
         parts.append(f"trained there with pictures normalized by mean {found.normalization}")
     return ", ".join(parts)
@@ -106,26 +116,29 @@ def find_backbone(file):
         )
     prefix = stem.removesuffix("conv1.weight" if stem.endswith("conv1.weight") else "0.weight")
     inside = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    stem_relu = True
     if not stem.endswith("conv1.weight"):
-        inside = name_children(inside)
+        inside, stem_relu = name_children(inside)
     backbone = {
         name.replace(".shortcut.", ".downsample."): value
         for name, value in inside.items() if name.split(".")[0] not in HEADS
     }
     origin, normalization, stem_padding = recognize(file, tensors, prefix)
-    return Found(backbone, origin, len(tensors) - len(backbone), normalization, stem_padding)
+    return Found(backbone, origin, len(tensors) - len(backbone), normalization, stem_padding, stem_relu)
 
 
 def name_children(tensors):
     """The names of a backbone that was made an nn.Sequential of its children, whose names are numbers: the stem, its
-    batch norm, and the four stages; children with neither (a projector) are heads."""
-    named, children = {}, iter(CHILDREN)
+    batch norm, and the four stages; children with neither (a projector) are heads. And whether there is a ReLU after
+    the stem: as a child it has a number, and where it was a call in the forward method, the Sequential is without."""
+    named, numbers, children = {}, {}, iter(CHILDREN)
     for number in sorted({int(name.split(".")[0]) for name in tensors if name.split(".")[0].isdecimal()}):
         own = {name.removeprefix(f"{number}."): value for name, value in tensors.items() if name.startswith(f"{number}.")}
         in_backbone = any(value.ndim == 4 for value in own.values()) or "running_mean" in own
         child = next(children, "head") if in_backbone else "head"
+        numbers[child] = number
         named.update({f"{child}.{name}": value for name, value in own.items()})
-    return named
+    return named, numbers.get("layer1", 0) > numbers.get("bn1", 0) + 1
 
 
 def recognize(file, tensors, prefix):

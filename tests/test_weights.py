@@ -32,9 +32,12 @@ def test_features_of_every_layout_agree(layout, pictures, tmp_path, capsys):
     assert not backbone.training
     expected = features(model, pictures)
     torch.testing.assert_close(features(backbone, pictures), expected, rtol=1e-4, atol=1e-5)
-    # Not a coincidence: with another stem padding the features differ by far more than that.
+    assert simsiam.is_plain(backbone) == (layout not in (layouts.lightly, layouts.solo_learn, layouts.solo_learn_early))
+    # Not a coincidence: with another stem the features differ by far more than that.
     other = {1: 2, 2: 1}[backbone.conv1.padding[0]]
     backbone.conv1.padding = (other, other)
+    assert (features(backbone, pictures) - expected).abs().max() > 0.01
+    backbone.conv1.padding, backbone.stem_relu = (3 - other, 3 - other), not backbone.stem_relu
     assert (features(backbone, pictures) - expected).abs().max() > 0.01
 
 
