@@ -10,6 +10,7 @@
 #   switches-data  training with the optimizations of the data and of the loop turned, one at a time
 #   switches-code  the step and training with those of the arithmetic turned; the start with and without compilation
 #   memory    for batches of 128, 256, 512 and 1024
+#   linear    100 epochs of linear evaluation on augmented features, of the backbone that main left
 #   tests     all of them, with pytest
 # Where a command may not last that long: the parts one by one.
 set -uo pipefail
@@ -39,6 +40,11 @@ train() {  # name, options...: a short run, whose log comes to OUT
         cp "$OUT/runs/$name/log.jsonl" "$OUT/$name-log.jsonl"
 }
 
+linear() {
+    "$PYTHON" main_lincls.py --gpu 0 --pretrained "$OUT/runs/main/backbone.pt" --exp_dir "$OUT/runs" --trial linear "$DATA" &&
+        cp "$OUT/runs/linear/log.jsonl" "$OUT/linear-log.jsonl"
+}
+
 speed() {
     "$PYTHON" benchmarks/speed.py --gpu 0 --data_root "$DATA" "$@"
 }
@@ -46,6 +52,7 @@ speed() {
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv > "$OUT/gpu.csv"
 part main train main
 part graph train graph --cuda_graph
+part linear linear
 part speed speed --json "$OUT/speed.json" --profile "$OUT/profile.txt"
 part switches-data speed --seconds 1 --switches resident batched async --json "$OUT/switches-data.json"
 part switches-code speed --seconds 1 --switches channels_last low_precision compile fused cuda_graph --json "$OUT/switches-code.json"

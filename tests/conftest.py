@@ -71,5 +71,5 @@ def run_lincls(tmp_path, monkeypatch):
 def finished_run(tmp_path_factory):
     """The folder of a finished small run."""
     folder = tmp_path_factory.mktemp("finished")
-    assert pretraining.main([*SMALL, "--epochs", "2", "--eval_freq", "1", "--exp_dir", str(folder), "--trial", "small", "--untrained"]) == 0
+    assert pretraining.main([*SMALL, "--epochs", "2", "--eval_freq", "1", "--exp_dir", str(folder), "--trial", "small"]) == 0
     return os.path.join(folder, "small")

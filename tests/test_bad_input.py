@@ -160,10 +160,11 @@ def test_main_lincls_refuses(refused, no_gpu, finished_run, args, words):
 def test_main_lincls_refuses_to_resume_what_does_not_fit(refused, no_gpu, finished_run, run_lincls, tmp_path):
     path = os.path.join(finished_run, "backbone.pt")
     assert run_lincls("--pretrained", path, "--features", "cached", "--epochs", 2, "--trial", "eval") == 0
+    checkpoint.save(str(tmp_path / "other.pt"), {name: 2 * value for name, value in checkpoint.load(path).items()})
     for args, words in (
         ("--epochs 3", ["--epochs 3", "has 2"]), ("--lr 3", ["--lr 3", "has 30"]), ("--seeds 2", ["--seeds 2", "has 1"]),
         ("--features augmented", ["--features augmented", "has cached"]),
-        (f"--pretrained {finished_run}/untrained.pt", ["untrained.pt", "not the backbone"]),
+        ("--pretrained other.pt", ["other.pt", "not the backbone"]),
     ):
         refused(main_lincls.main, ["--resume", "experiments/eval/evaluation.pt", *args.split()], *words)
     refused(pretraining.main, ["--resume", "experiments/eval/evaluation.pt"], "not a whole checkpoint.pt of main.py")

@@ -182,7 +182,7 @@ def test_weights_that_are_not_finite_are_not_saved(run_main, capsys):
 def test_skipped_steps_are_told(shapes):
     """A loss scaler whose scale overflows in the backward pass skips the update and lowers the scale."""
     torch.manual_seed(0)
-    model = simsiam.SimSiam(simsiam.resnet18(4), 32, 16)
+    model = simsiam.SimSiam(simsiam.resnet18(8), 32, 16)
     torch.nn.init.normal_(model.predictor[-1].weight, std=1e-6)  # short outputs have large gradients
     torch.nn.init.zeros_(model.predictor[-1].bias)
     optimizer = torch.optim.SGD(model.parameters(), 1e-9, 0.9, fused=True)

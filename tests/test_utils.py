@@ -1,7 +1,9 @@
 """Checkpoint files, the log, the figures, and the layout of the code."""
 import ast
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -106,6 +108,22 @@ def test_imports_go_one_way():
     for path in (REPO / "utils").glob("*.py"):
         assert set(imported(path)) <= third_party | {"utils"} | sys.stdlib_module_names, path
     assert (REPO / "utils" / "__init__.py").read_text() == ""
+
+
+def test_the_readmes_python_runs(tmp_path, finished_run, monkeypatch):
+    """Each block, in a folder with what the commands around it leave there."""
+    blocks = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 3
+    for name in ("hubconf.py", "simsiam", "utils", "weights"):
+        (tmp_path / name).symlink_to(REPO / name)
+    backbone = tmp_path / "experiments" / "1" / "backbone.pt"
+    backbone.parent.mkdir(parents=True)
+    shutil.copy(os.path.join(finished_run, "backbone.pt"), backbone)
+    monkeypatch.chdir(tmp_path)
+    export.main(["features", "--pretrained", str(backbone), "--dataset", "shapes", "--train_size", "20", "--test_size", "10", "--output", "features.npz"])
+    export.main(["backbone", "--pretrained", str(backbone), "--format", "export", "--output", "backbone.pt2"])
+    for block in blocks:
+        subprocess.run([sys.executable, "-c", block], check=True)
 
 
 def test_the_documented_commands_parse():
