@@ -11,7 +11,6 @@ of what they are, measured before and after the rounding; torch.hub loads them (
 """
 import datetime
 import io
-import json
 import os
 
 from utils.cpu import prepare_cpu  # before torch
@@ -22,7 +21,7 @@ import torch
 from simsiam import ARCHS, is_plain, load_backbone
 from utils import checkpoint, log
 from utils.augment import MEAN, SIZE, STD
-from utils.cli import Parser, real_number, run, warn, whole_number
+from utils.cli import Parser, add_normalization, run, warn, whole_number
 from utils.data import DATASETS, load_dataset, load_folder
 from utils.device import autocast, select_device, select_precision
 from utils.features import extract_features
@@ -46,8 +45,7 @@ def make_parser():
     features.add_argument("--test_size", type=whole_number(1), metavar="N", help="the first N test pictures only")
     features.add_argument("--images", metavar="FOLDER", help="pictures instead of a data set, in subfolders by class or without")
     features.add_argument("--size", type=whole_number(8), default=SIZE, metavar="PIXELS", help="height and width that --images get")
-    for name, values in (("mean", MEAN), ("std", STD)):
-        features.add_argument(f"--{name}", type=real_number, nargs=3, default=list(values), metavar=("R", "G", "B"), help="by which the backbone's pictures were normalized")
+    add_normalization(features, MEAN, STD)
     add_device(features)
 
     backbone = commands.add_parser("backbone", help="the backbone as a file for other programs", description="The backbone as a file for other programs.")
@@ -84,14 +82,6 @@ def refuse_existing(*paths):
 
 def read_backbone(args):
     return load_backbone(checkpoint.load(args.pretrained), args.arch, name=args.pretrained)
-
-
-def read_json(path):
-    try:
-        with open(path) as file:
-            return json.load(file)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: no JSON ({error})") from error
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -173,14 +163,16 @@ def rounded(backbone):
 
 def release(args):
     """Write weights/NAME.pt and weights/NAME.json, with the accuracies in float32 and after the rounding to fp16."""
+    if os.path.basename(args.name) != args.name or args.name.startswith("."):
+        raise ValueError(f"--name {args.name!r}: a plain name is needed, without slashes")
     path, about = (os.path.join(args.weights, f"{args.name}.{ending}") for ending in ("pt", "json"))
     refuse_existing(path, about)
-    config, last = read_json(os.path.join(args.run, CONFIG)), log.read(args.run)[-1]
+    config, last = log.read_json(os.path.join(args.run, CONFIG)), log.read(args.run)[-1]
     settings = config["settings"]
     if last["epoch"] != settings["epochs"]:
         raise ValueError(f"{args.run}: not finished, epoch {last['epoch']} of {settings['epochs']}")
     backbone = load_backbone(checkpoint.load(os.path.join(args.run, BACKBONE)), settings["arch"], verbose=False)
-    classifier, linear = read_linear(args.linear, backbone)
+    classifier, linear = read_linear(args.linear, backbone, settings)
     content = checkpoint.with_digest(rounded(backbone))
     if len(content) > LARGEST:
         raise ValueError(f"{path}: {len(content):,} bytes, more than {LARGEST:,}")
@@ -189,7 +181,7 @@ def release(args):
     backbone, device, precision_context = on_device(args, backbone)
     small = small.to(device, memory_format=torch.channels_last)
     data = load_dataset(settings["dataset"], args.data_root or settings["data_root"], device, settings["train_size"], settings["test_size"])
-    float32, fp16 = (accuracies(one, classifier, data, precision_context) for one in (backbone, small))
+    float32, fp16 = (accuracies(one, classifier, linear, data, precision_context) for one in (backbone, small))
     for name, value in fp16.items():
         if abs(value - float32[name]) > MOVED:
             warn(f"{name}: {float32[name]:.2f} % in float32, {value:.2f} % after the rounding to fp16")
@@ -206,28 +198,32 @@ def release(args):
     print(f"{path}: {len(content):,} bytes; {', '.join(f'{name} {value:.2f} % (float32 {float32[name]:.2f})' for name, value in fp16.items())}")
 
 
-def read_linear(folder, backbone):
-    """The classifier of a linear evaluation of this very backbone, and its results and protocol; None and None without one."""
+def read_linear(folder, backbone, run):
+    """The first classifier of a linear evaluation of this very backbone on the data of its run, and the evaluation's results
+    and protocol; None and None without one."""
     if folder is None:
         return None, None
-    results, settings = read_json(os.path.join(folder, RESULTS)), read_json(os.path.join(folder, CONFIG))["settings"]
+    results, settings = log.read_json(os.path.join(folder, RESULTS)), log.read_json(os.path.join(folder, CONFIG))["settings"]
     if results["backbone"] != checkpoint.tensors_digest(backbone.state_dict()):
         raise ValueError(f"--linear {folder}: an evaluation of another backbone ({settings['pretrained']})")
+    for name in ("dataset", "test_size"):
+        if settings[name] != run[name]:
+            raise ValueError(f"--linear {folder}: its {name} is {settings[name]}, the run's {run[name]}")
     name = "classifier.pt" if len(results["seeds"]) == 1 else f"classifier-seed{results['seeds'][0]}.pt"
-    protocol = ("dataset", "features", "epochs", "optimizer", "schedule", "batch_size", "lr", "momentum", "weight_decay", "crop_scale", "fraction")
+    protocol = ("dataset", "features", "epochs", "optimizer", "schedule", "batch_size", "lr", "momentum", "weight_decay", "crop_scale", "fraction", "train_size", "mean", "std")
     kept = ("test_top1", "test_top1_std", "test_top1_of_seeds", "test_top5", "best_top1", "best_epoch", "seeds")
     return checkpoint.load(os.path.join(folder, name)), {
         **{key: results[key] for key in kept if key in results}, **{key: settings[key] for key in protocol},
     }
 
 
-def accuracies(backbone, classifier, data, precision_context):
-    """kNN accuracies, and with a classifier its top-1, in percent."""
+def accuracies(backbone, classifier, linear, data, precision_context):
+    """kNN accuracies, and with a classifier its top-1 under the seed that it has in its evaluation, in percent."""
     figures = dict(zip(("knn1", "knn200"), knn_accuracy(backbone, data, precision_context)))
     if classifier is not None:
-        features = extract_features(backbone, data.test_images, precision_context)
+        features = extract_features(backbone, data.test_images, precision_context, linear["mean"], linear["std"])
         logits = torch.nn.functional.linear(features, classifier["weight"].to(features.device), classifier["bias"].to(features.device))
-        figures["linear"] = top_k(logits, data.test_labels, 1)
+        figures[f"linear_seed{linear['seeds'][0]}"] = top_k(logits, data.test_labels, 1)
     return figures
 
 

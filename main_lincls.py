@@ -13,6 +13,7 @@ chosen on the test images and so is not a result.
 """
 import argparse
 import math
+import os
 import shlex
 import shutil
 import statistics
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from simsiam import ARCHS, load_backbone
 from utils import checkpoint, log, plot
 from utils.augment import MEAN, STD
-from utils.cli import Parser, real_number, run, whole_number
+from utils.cli import Parser, add_normalization, real_number, run, warn, whole_number
 from utils.data import DATASETS, balanced_subset, load_dataset
 from utils.device import autocast, describe, select_device, select_precision
 from utils.features import extract_features, feature_batches, make_augmented_features
@@ -67,8 +68,7 @@ def make_parser():
     backbone.add_argument("--pretrained", metavar="CHECKPOINT", help="backbone.pt or checkpoint.pt of a run of main.py, or a checkpoint of other code (needed)")
     backbone.add_argument("--arch", choices=ARCHS, default="resnet18", help="backbone")
     backbone.add_argument("--width", type=whole_number(1), help="channels of the first stage; the default is the checkpoint's")
-    for name, values in (("mean", MEAN), ("std", STD)):
-        backbone.add_argument(f"--{name}", type=real_number, nargs=3, default=list(values), metavar=("R", "G", "B"), help="by which the backbone's pictures were normalized")
+    add_normalization(backbone, MEAN, STD)
 
     training = parser.add_argument_group("classifier")
     training.add_argument("--features", choices=("augmented", "cached"), default="augmented", help="augmented: random crop and flip in every epoch; cached: computed once, without")
@@ -107,6 +107,11 @@ class Head(NamedTuple):
     seed: int
     classifier: torch.nn.Linear
     optimizer: torch.optim.Optimizer
+
+
+def is_finite(head):
+    """Whether all weights of the classifier are finite numbers."""
+    return all(bool(value.isfinite().all()) for value in head.classifier.state_dict().values())
 
 
 def make_head(seed, feature_dim, args, device):
@@ -148,7 +153,7 @@ def train_step(head, features, labels, penalty):
 def scheduled_rate(schedule, rate, epoch, epochs):
     """The learning rate of an epoch, counted from 0."""
     if schedule == "step":
-        return rate * 0.1 ** sum(epoch >= round(share * epochs) for share in MILESTONES)
+        return rate * 0.1 ** sum(epoch >= round(milestone * epochs) for milestone in MILESTONES)
     if schedule == "cosine":
         return rate * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
     return rate
@@ -178,7 +183,7 @@ def train(args, device, data, heads, features_of, test_features, writer, state, 
     steps = math.ceil(size / args.batch_size)
     sizes = torch.tensor([min(args.batch_size, size - args.batch_size * step) for step in range(steps)])  # none is dropped
     penalty = args.weight_decay if args.optimizer == "lbfgs" else 0.0
-    records, saved = earlier_records(writer.folder, state["epoch"]), time.monotonic()
+    records, saved = state["records"], time.monotonic()
     bar = tqdm(
         total=args.epochs, initial=state["epoch"] + state["step"] / steps,
         bar_format="{percentage:3.0f}%|{bar}| {n:.2f}/{total} epochs [{elapsed}<{remaining}{postfix}]",
@@ -209,8 +214,10 @@ def train(args, device, data, heads, features_of, test_features, writer, state, 
             losses, right = metrics.double().mean(dim=1).unbind(dim=1)
             if not losses.isfinite().all():
                 bad = losses.isfinite().tolist().index(False)
-                return give_up(f"epoch {epoch + 1}, step {bad + 1} of {steps}: the loss is {losses[bad]}; lower --lr ({args.lr})")
-            state = {"epoch": epoch, "step": step, "metrics": metrics, "seconds": state["seconds"] + time.perf_counter() - start}
+                return give_up(f"epoch {epoch + 1}, step {bad + 1} of {steps}: the loss is {losses[bad]}{lower_rate(args)}")
+            state = {
+                "epoch": epoch, "step": step, "metrics": metrics, "seconds": state["seconds"] + time.perf_counter() - start, "records": records,
+            }
             if step == steps:
                 record = {
                     "epoch": epoch + 1, "train_loss": ((losses * sizes).sum() / size).item(), "train_top1": 100 * right.sum().item() / size,
@@ -221,13 +228,13 @@ def train(args, device, data, heads, features_of, test_features, writer, state, 
                 records.append(record)
                 writer.log(record)
                 bar.set_postfix_str(f"training loss {record['train_loss']:.3f}, test top-1 {record['test_top1']:.2f} %")
-                state = new_epoch(epoch + 1)
+                state = new_epoch(epoch + 1, records)
             finished, stopped = state["epoch"] == args.epochs, stop.signal is not None
             if finished or stopped or time.monotonic() - saved > SAVE_SECONDS:
                 writer.save({EVALUATION_CHECKPOINT: evaluation_state(args, device, state, heads)}, state["epoch"])
                 saved = time.monotonic()
             if stopped and not finished:
-                return stopped_early(writer, stop)
+                return stopped_early(args, writer, stop)
     return records
 
 
@@ -239,6 +246,8 @@ def evaluate(args, device, data, backbone, heads, writer, state, stop):
     frozen = {name: value.clone() for name, value in backbone.state_dict().items()}
 
     features_of, test_features = None, None
+    if stop.signal is not None:
+        return stopped_early(args, writer, stop)
     with stop.at_once():
         if args.evaluate is None and args.features == "augmented":
             compiled = device.type == "cuda" if args.compile is None else args.compile
@@ -247,13 +256,15 @@ def evaluate(args, device, data, backbone, heads, writer, state, stop):
             features_of = extract_features(backbone, data.train_images, precision_context, args.mean, args.std)
         test_features = extract_features(backbone, data.test_images, precision_context, args.mean, args.std)
     if test_features is None:
-        return stopped_early(writer, stop)
+        return stopped_early(args, writer, stop)
 
     records = [tested(heads, test_features, data.test_labels)]
     if args.evaluate is None:
         records = train(args, device, data, heads, features_of, test_features, writer, state, stop)
         if isinstance(records, int):
             return records
+    if not all(map(is_finite, heads)):
+        return give_up(f"weights that are not finite numbers after the last step{lower_rate(args)}")
     moved = [name for name, value in backbone.state_dict().items() if not torch.equal(value, frozen[name])]
     if moved:
         raise AssertionError(f"the frozen backbone moved during linear evaluation: {', '.join(moved)}")
@@ -277,36 +288,37 @@ def report(args, data, heads, records, confusion, writer):
     print(f"linear top-1: {accuracy}{when}, {count}")
     if "test_top5" in last:
         print(f"top-5: {last['test_top5']:.2f} %")
-    results = {"pictures": len(data.test_images), "seeds": [head.seed for head in heads], **last}
+    results = {"pictures": len(data.test_images), **last}
     if args.evaluate is None:
+        results["seeds"] = [head.seed for head in heads]
         best = max(records, key=lambda record: record["test_top1"])
         print(f"best epoch ({best['epoch']}): {best['test_top1']:.2f} %, chosen on the test pictures and so not the result")
         results |= {"best_epoch": best["epoch"], "best_top1": best["test_top1"]}
-    by_class = dict(zip(data.classes, class_accuracies(confusion).tolist()))
-    shown = sorted(by_class, key=by_class.get)
+    by_class = {  # None for a class without test pictures
+        name: None if math.isnan(value) else value for name, value in zip(data.classes, class_accuracies(confusion).tolist())
+    }
+    shown = sorted((name for name in by_class if by_class[name] is not None), key=by_class.get)
     shown = [*shown[:3], "...", *shown[-3:]] if len(shown) > 10 else shown
     print(f"by class (%): {', '.join(f'{name} {by_class[name]:.1f}' if name in by_class else name for name in shown)}")
 
     results |= {"backbone": args.backbone, "class_top1": by_class, "confusion": confusion.tolist()}
-    writer.attempt(log.write_json, writer.path(RESULTS), results)
+    unsaved = [writer.unsaved]
     if args.evaluate is None:
         for head in heads:
             name = "classifier.pt" if len(heads) == 1 else f"classifier-seed{head.seed}.pt"
             weights = {key: value.cpu() for key, value in head.classifier.state_dict().items()}
             writer.attempt(checkpoint.save, writer.path(name), weights)
+            unsaved.append(writer.unsaved)
         writer.draw(plot.plot_run)
+    writer.attempt(log.write_json, writer.path(RESULTS), results)  # last: with it the evaluation is done
     writer.draw(plot.plot_confusion, confusion, data.classes)
-    return 0 if writer.unsaved is None else give_up(writer.unsaved)
+    unsaved = [reason for reason in (*unsaved, writer.unsaved) if reason is not None]
+    return give_up(unsaved[0]) if unsaved else 0
 
 
-def new_epoch(epoch):
-    """Where an evaluation stands before the first step of an epoch, counted from 0."""
-    return {"epoch": epoch, "step": 0, "metrics": torch.zeros(0, 1, 2), "seconds": 0.0}
-
-
-def earlier_records(folder, epochs):
-    """The log's records of the epochs that a resumed evaluation has behind it."""
-    return [record for record in log.read(folder) if record["epoch"] <= epochs] if epochs else []
+def new_epoch(epoch, records):
+    """Where an evaluation stands before the first step of an epoch, counted from 0, with the records of those before."""
+    return {"epoch": epoch, "step": 0, "metrics": torch.zeros(0, 1, 2), "seconds": 0.0, "records": records}
 
 
 def evaluation_state(args, device, state, heads):
@@ -317,12 +329,20 @@ def evaluation_state(args, device, state, heads):
     }
 
 
-def stopped_early(writer, stop):
+def stopped_early(args, writer, stop):
     """Say how to go on. Returns the exit code."""
     if writer.unsaved is not None:
         return give_up(writer.unsaved)
-    print(f"stopped; to go on: python main_lincls.py --resume {shlex.quote(writer.path(EVALUATION_CHECKPOINT))}")
+    if args.evaluate is not None:
+        print("stopped before there was a result")
+    else:
+        print(f"stopped; to go on: python main_lincls.py --resume {shlex.quote(writer.path(EVALUATION_CHECKPOINT))}")
     return stop.exit_code
+
+
+def lower_rate(args):
+    """What to do about numbers that ran away."""
+    return f"; lower --lr ({args.lr:g})" if args.optimizer == "sgd" and args.evaluate is None else ""
 
 
 def give_up(what):
@@ -341,10 +361,15 @@ def build_heads(args, backbone, device, state):
         head = Head(args.seed, torch.nn.Linear(backbone.feature_dim, args.num_cls), None)
         weights = checkpoint.load(args.evaluate)
         own = {name: tuple(value.shape) for name, value in head.classifier.state_dict().items()}
-        shapes = {name: tuple(value.shape) for name, value in weights.items()} if isinstance(weights, dict) else None
-        if shapes != own:
+        is_dict = isinstance(weights, dict) and all(map(torch.is_tensor, weights.values()))
+        if not is_dict or {name: tuple(value.shape) for name, value in weights.items()} != own:
             raise ValueError(f"{args.evaluate}: not a classifier of {backbone.feature_dim} features and {args.num_cls} classes; that has {own}")
         head.classifier.load_state_dict(weights)
+        if not is_finite(head):
+            raise ValueError(f"{args.evaluate}: it has weights that are not finite numbers")
+        beside = os.path.join(os.path.dirname(args.evaluate), RESULTS)
+        if os.path.exists(beside) and log.read_json(beside).get("backbone") != args.backbone:
+            warn(f"{args.evaluate} was trained on the features of another backbone than {args.pretrained}, or of another precision of it")
         head.classifier.to(device)
         return [head]
     heads = [make_head(args.seed + i, backbone.feature_dim, args, device) for i in range(args.seeds)]
@@ -369,8 +394,6 @@ def check(args, data):
         raise ValueError(f"--num_cls {args.num_cls}: {args.dataset} has {len(data.classes)} classes")
     if args.crop_scale[0] > args.crop_scale[1]:
         raise ValueError(f"--crop_scale {args.crop_scale[0]:g} {args.crop_scale[1]:g}: the smaller share comes first")
-    if not all(args.std):
-        raise ValueError("--std: each has to be more than 0")
     if args.optimizer == "lbfgs":
         if args.features != "cached":
             raise ValueError("--optimizer lbfgs needs --features cached: it takes the same features in each step")
@@ -390,7 +413,7 @@ def start(args, device, heads, folder):
     try:
         write_config(folder, vars(args), device)
         if args.evaluate is None:
-            writer.write({EVALUATION_CHECKPOINT: evaluation_state(args, device, new_epoch(0), heads)}, 0)
+            writer.write({EVALUATION_CHECKPOINT: evaluation_state(args, device, new_epoch(0, []), heads)}, 0)
     except OSError:
         if made:
             shutil.rmtree(folder, ignore_errors=True)
@@ -410,6 +433,9 @@ def main(argv=None):
             folder, state = find_resumed(EVALUATION, args.resume, args.exp_dir, args.trial)
         if state is not None:
             args = resumed_settings(EVALUATION, parser, argv, state["config"])
+            if state["epoch"] >= args.epochs and os.path.exists(os.path.join(folder, RESULTS)):
+                print(f"{folder}: already done, epoch {state['epoch']} of {args.epochs}; the figures are in {RESULTS}")
+                return 0
         elif args.resume is not None:
             print(f"nothing to resume in {args.exp_dir}: a new evaluation")
         if args.pretrained is None:
@@ -432,7 +458,7 @@ def main(argv=None):
             )
         heads = build_heads(args, backbone, device, state)
         if state is None:
-            writer, state = start(args, device, heads, folder), new_epoch(0)
+            writer, state = start(args, device, heads, folder), new_epoch(0, [])
         else:
             writer = RunWriter(folder, state["epoch"])
             check_unchanged(state)

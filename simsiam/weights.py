@@ -93,7 +93,7 @@ def describe(found):
 def find_backbone(file):
     """The backbone in what torch.load has made of a file. Raises ValueError if there is none, or one for ImageNet."""
     named = file
-    for key in ("model", "state_dict"):
+    for key in ("model", "state_dict", "model_state_dict", "net", "backbone", "encoder"):
         if isinstance(named, dict) and isinstance(named.get(key), dict):
             named = named[key]
     if not isinstance(named, dict):
@@ -106,7 +106,9 @@ def find_backbone(file):
     stems = [name for name, value in tensors.items() if value.ndim == 4 and value.shape[1] == 3]
     stems = [name for name in stems if name.split(".")[-2:] in (["conv1", "weight"], ["0", "weight"])]
     if not stems:
-        raise ValueError("no backbone in it: there is no convolution of three channels named conv1.weight")
+        raise ValueError(
+            f"no backbone in it: there is no convolution of three channels named conv1.weight among {', '.join(map(str, list(named)[:3]))} ..."
+        )
     stem = min(stems, key=len)  # of copies the one with the shortest name: 'backbone.' before 'encoder.0.' and 'backbone_momentum.'
     kernel = tuple(tensors[stem].shape[2:])
     if kernel == (7, 7):
@@ -148,8 +150,10 @@ def recognize(file, tensors, prefix):
         return "a checkpoint.pt of this project", "", 1
     if roots & {"projection_head", "prediction_head"}:
         return "a checkpoint of lightly", IMAGENET, 1
-    if "classifier" in roots and (roots & {"projector", "predictor"} or "pytorch-lightning_version" in file):
+    if "classifier" in roots and "pytorch-lightning_version" in file:
         return "a checkpoint of solo-learn", "", 2
+    if {"classifier", "projector", "predictor"} <= roots:
+        return f"a state dict with a CIFAR ResNet as {prefix}* (if it comes from solo-learn: its stem pads by 2, which is not set here)", "", 1
     if any(name.startswith("encoder.fc.") for name in tensors):
         return "a checkpoint of facebookresearch/simsiam", IMAGENET, 1
     if {"backbone", "encoder"} <= roots:
@@ -169,12 +173,16 @@ def load_tensors(module, tensors):
         f"{name} is {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
         for name in own if name in tensors and tensors[name].shape != own[name].shape
     ]
+    types = [
+        f"{name} is {tensors[name].dtype}"
+        for name in own if name in tensors and tensors[name].is_floating_point() != own[name].is_floating_point()
+    ]
     problems = [
         f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
         for what, names in (
             ("missing:", [name for name in own if name not in tensors]),
             ("unexpected:", [name for name in tensors if name not in own]),
-            ("another shape:", shapes),
+            ("another shape:", shapes), ("another type:", types),
         ) if names
     ]
     if problems:

@@ -149,6 +149,7 @@ def test_code_in_a_checkpoint_does_not_run(refused, no_gpu, tmp_path):
     ("--pretrained {run}/backbone.pt --optimizer lbfgs", ["lbfgs", "--features cached"]),
     ("--pretrained {run}/backbone.pt --optimizer lbfgs --features cached --lr 1", ["--lr 1", "leave --lr out"]),
     ("--pretrained {run}/backbone.pt --evaluate {run}/backbone.pt", ["backbone.pt", "not a classifier of 32 features and 10 classes"]),
+    ("--pretrained {run}/backbone.pt --evaluate {run}/checkpoint.pt", ["checkpoint.pt", "not a classifier"]),
     ("--pretrained {run}/backbone.pt --evaluate none.pt", ["none.pt", "no such file"]),
     ("--pretrained {run}/backbone.pt --evaluate c.pt --resume auto", ["--evaluate", "--resume"]),
     ("--resume {run}/checkpoint.pt", ["checkpoint.pt", "not a whole evaluation.pt of main_lincls.py"]),
@@ -160,6 +161,7 @@ def test_main_lincls_refuses(refused, no_gpu, finished_run, args, words):
 def test_main_lincls_refuses_to_resume_what_does_not_fit(refused, no_gpu, finished_run, run_lincls, tmp_path):
     path = os.path.join(finished_run, "backbone.pt")
     assert run_lincls("--pretrained", path, "--features", "cached", "--epochs", 2, "--trial", "eval") == 0
+    os.remove("experiments/eval/results.json")  # else it is done
     checkpoint.save(str(tmp_path / "other.pt"), {name: 2 * value for name, value in checkpoint.load(path).items()})
     for args, words in (
         ("--epochs 3", ["--epochs 3", "has 2"]), ("--lr 3", ["--lr 3", "has 30"]), ("--seeds 2", ["--seeds 2", "has 1"]),

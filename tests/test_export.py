@@ -51,7 +51,7 @@ def test_features_of_a_data_set(in_tmp, backbone_pt, shapes):
         assert arrays["classes"].tolist() == shapes.classes
 
 
-def test_features_of_a_folder(in_tmp, backbone_pt, shapes):
+def test_features_of_a_folder(in_tmp, backbone_pt, shapes, capsys):
     """Pictures of 32 pixels are taken as they are; larger ones are resized as torchvision does it on the picture."""
     names = ["b", "a", "b"]
     for i, name in enumerate(names):
@@ -62,6 +62,13 @@ def test_features_of_a_folder(in_tmp, backbone_pt, shapes):
         assert arrays["classes"].tolist() == ["a", "b"] and arrays["labels"].tolist() == [0, 1, 1]
         assert arrays["files"].tolist() == ["pictures/a/1.png", "pictures/b/0.png", "pictures/b/2.png"]
         numpy.testing.assert_allclose(arrays["features"], features_of(backbone_pt, shapes.train_images[[1, 0, 2]]), rtol=1e-4, atol=1e-5)
+
+    os.mkdir("pictures/.hidden")
+    shutil.copy("pictures/a/1.png", "pictures/loose.png")
+    export.main(["features", "--pretrained", backbone_pt, "--images", "pictures", "--output", "h.npz"])
+    assert "1 pictures beside the classes' folders are left out" in capsys.readouterr().err
+    with numpy.load("h.npz") as arrays:
+        assert arrays["labels"].tolist() == [0, 1, 1]
 
     large = torch.randint(256, (3, 80, 50), dtype=torch.uint8)
     os.mkdir("flat")
@@ -117,7 +124,7 @@ def test_a_release_says_what_it_is(released, finished_run):
     assert about["accuracies_float32"]["knn1"] == pytest.approx(last["knn1"]) and about["accuracies_float32"]["knn200"] == pytest.approx(last["knn200"])
     linear = json.loads((released / "linear" / "results.json").read_text())
     assert about["linear_evaluation"]["test_top1"] == linear["test_top1"]
-    assert about["accuracies_float32"]["linear"] == pytest.approx(linear["test_top1_of_seeds"][0])  # of the first seed's classifier
+    assert about["accuracies_float32"]["linear_seed0"] == pytest.approx(linear["test_top1_of_seeds"][0])  # of the first seed's classifier
     assert about["recipe"]["epochs"] == 2 and about["recipe"]["seed"] == 0 and about["width"] == 4
     for name in ("commit", "device", "versions", "date", "mean", "std"):
         assert name in about
@@ -138,9 +145,17 @@ def test_a_release_needs_a_finished_run_and_its_own_evaluation(released, finishe
         other = json.load(file)
     with open("linear/results.json", "w") as file:
         json.dump({**other, "backbone": "0"}, file)
+    shutil.copytree(released / "linear", "cifar")
+    with open("cifar/config.json") as file:
+        config = json.load(file)
+    config["settings"]["dataset"] = "cifar10"
+    with open("cifar/config.json", "w") as file:
+        json.dump(config, file)
     for args, words in (
         (["half", "--name", "a"], "not finished, epoch 2 of 3"),
         ([finished_run, "--name", "a", "--linear", "linear"], "an evaluation of another backbone"),
+        ([finished_run, "--name", "a", "--linear", "cifar"], "its dataset is cifar10, the run's shapes"),
+        ([finished_run, "--name", "../a"], "a plain name"),
         ([finished_run, "--name", "small", "--weights", str(released / "weights")], "exists"),
         (["none", "--name", "a"], "none"),
     ):
@@ -155,6 +170,7 @@ def test_a_release_needs_a_finished_run_and_its_own_evaluation(released, finishe
     ("features --pretrained {b} --output f.npz --images empty", "no pictures"),
     ("features --pretrained {b} --output f.npz --images broken", "broken/a.png"),
     ("features --pretrained {b} --output no/f.npz --dataset shapes --train_size 2 --test_size 2", "no/f.npz"),
+    ("features --pretrained {b} --output f.npz --std 0 1 1", "more than 0"),
     ("features --pretrained none.pt --output f.npz", "none.pt"),
     ("backbone --pretrained {b} --output empty", "exists"),
     ("backbone --pretrained {b} --output b.pt --format export --dtype fp16", "fp16"),
@@ -189,58 +205,49 @@ def test_a_stem_that_a_state_dict_does_not_show_is_not_exported_as_one(in_tmp, c
 # torch.hub, in a process of its own, from a folder where the caller has a package named utils
 
 CALLER = """
-import sys, utils, torch
+import torch, utils
 assert utils.MINE
-{code}
+
+def load(clone, name, **options):
+    return torch.hub.load(clone, name, source="local", **options)
+
+def error(clone, name):
+    try:
+        load(clone, name)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+for name, width in (("simsiam_resnet18_cifar10", 64), ("simsiam_resnet18_w16_cifar10", 16)):
+    assert load("none", name, pretrained=False)(torch.zeros(1, 3, 32, 32)).shape == (1, 8 * width)
+    assert "FileNotFoundError" in error("none", name) and "not been released yet" in error("none", name), error("none", name)
+    backbone, weights = load("good", name), torch.load(f"good/weights/{name}.pt")
+    assert not backbone.training and torch.equal(backbone.conv1.weight, weights["conv1.weight"].float())
+    assert "ValueError" in error("wrong", name) and "SHA-256" in error("wrong", name), error("wrong", name)
+
 import utils.own
-assert utils.own.MINE and "simsiam" not in [p.split("/")[-1] for p in sys.path]
+assert utils.own.MINE
 """
 
 
-@pytest.fixture
-def clone(tmp_path):
-    """A copy of what torch.hub needs, with a release named simsiam_resnet18_cifar10, and a caller with its own utils."""
-    (tmp_path / "caller" / "utils").mkdir(parents=True)
+def test_hub(tmp_path):
+    """Copies of what it needs: without weights, with them, and with others than their .json says."""
+    (tmp_path / "utils").mkdir()
     for name in ("__init__", "own"):
-        (tmp_path / "caller" / "utils" / f"{name}.py").write_text("MINE = True\n")
-    shutil.copytree(REPO / "simsiam", tmp_path / "clone" / "simsiam")
-    shutil.copytree(REPO / "utils", tmp_path / "clone" / "utils")
-    shutil.copy(REPO / "hubconf.py", tmp_path / "clone")
-    return tmp_path / "clone"
-
-
-def call_hub(clone, code):
-    return subprocess.run(
-        [sys.executable, "-c", CALLER.format(code=code)], cwd=clone.parent / "caller", env=CPU_ONLY, capture_output=True, text=True
-    )
-
-
-def write_release(clone, name, width):
-    torch.manual_seed(0)
-    backbone = simsiam.resnet18(width)
-    (clone / "weights").mkdir(exist_ok=True)
-    checkpoint.save(str(clone / "weights" / f"{name}.pt"), export.rounded(backbone))
-    digest = hashlib.sha256((clone / "weights" / f"{name}.pt").read_bytes()).hexdigest()
-    (clone / "weights" / f"{name}.json").write_text(json.dumps({"sha256": digest}))
-
-
-HUB = "b = torch.hub.load({clone!r}, {name!r}, source='local'{more})"
-
-
-@pytest.mark.parametrize("name, width", [("simsiam_resnet18_cifar10", 64), ("simsiam_resnet18_w16_cifar10", 16)])
-def test_hub(clone, name, width):
-    load = HUB.format(clone=str(clone), name=name, more="")
-    without = call_hub(clone, HUB.format(clone=str(clone), name=name, more=", pretrained=False") + f"; assert b(torch.zeros(1, 3, 32, 32)).shape == (1, {8 * width})")
-    assert without.returncode == 0, without.stderr
-    missing = call_hub(clone, load)
-    assert missing.returncode and "FileNotFoundError" in missing.stderr and "not been released yet" in missing.stderr
-    write_release(clone, name, width)
-    good = call_hub(clone, f"{load}; w = torch.load({str(clone / 'weights' / f'{name}.pt')!r}); assert not b.training; assert torch.equal(b.conv1.weight, w['conv1.weight'].float())")
-    assert good.returncode == 0, good.stderr
-    assert clone.joinpath("weights", f"{name}.pt").stat().st_size < 23_000_000
-    (clone / "weights" / f"{name}.json").write_text(json.dumps({"sha256": "0"}))
-    wrong = call_hub(clone, load)
-    assert wrong.returncode and "SHA-256" in wrong.stderr
+        (tmp_path / "utils" / f"{name}.py").write_text("MINE = True\n")
+    for clone in ("none", "good", "wrong"):
+        shutil.copytree(REPO / "simsiam", tmp_path / clone / "simsiam")
+        shutil.copytree(REPO / "utils", tmp_path / clone / "utils")
+        shutil.copy(REPO / "hubconf.py", tmp_path / clone)
+    for name, width in (("simsiam_resnet18_cifar10", 64), ("simsiam_resnet18_w16_cifar10", 16)):
+        for clone in ("good", "wrong"):
+            path = tmp_path / clone / "weights" / f"{name}.pt"
+            path.parent.mkdir(exist_ok=True)
+            checkpoint.save(str(path), export.rounded(simsiam.resnet18(width)))
+            assert path.stat().st_size < 23_000_000
+            digest = hashlib.sha256(path.read_bytes()).hexdigest() if clone == "good" else "0"
+            path.with_suffix(".json").write_text(json.dumps({"sha256": digest}))
+    done = subprocess.run([sys.executable, "-c", CALLER], cwd=tmp_path, env=CPU_ONLY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_hub_lists_its_entries_only():

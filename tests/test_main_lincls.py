@@ -162,6 +162,58 @@ def test_a_time_limit_ends_with_zero_and_auto_goes_on(finished_run, run_lincls, 
     assert "stopped; to go on" in capsys.readouterr().out
     assert run_lincls("--resume", "auto") == 0
     assert log.read("experiments/a")[-1]["epoch"] == 100
+    capsys.readouterr()
+    assert run_lincls("--resume", "auto") == 0
+    assert "already done, epoch 100 of 100" in capsys.readouterr().out
+
+
+def test_an_evaluation_goes_on_without_its_log(finished_run, run_lincls, no_gpu, monkeypatch):
+    """And the best epoch is still one of all epochs."""
+    base = ["--pretrained", os.path.join(finished_run, "backbone.pt"), "--features", "cached", "--epochs", 4, "--batch_size", 64]
+    assert run_lincls(*base, "--trial", "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_at(14, patch)
+        assert run_lincls(*base, "--trial", "stopped") == 128 + signal.SIGTERM
+    os.remove("experiments/stopped/log.jsonl")
+    assert run_lincls("--resume", "auto", "--trial", "stopped") == 0
+    assert {**results("whole"), "seconds": 0} == {**results("stopped"), "seconds": 0}
+
+
+def test_weights_that_are_not_finite_are_no_result(finished_run, run_lincls, capsys):
+    base = ["--pretrained", os.path.join(finished_run, "backbone.pt"), "--features", "cached", "--trial", "a"]
+    assert run_lincls(*base, "--epochs", 1, "--batch_size", 256, "--lr", 1e39) == 1  # the only loss comes before the step
+    captured = capsys.readouterr()
+    assert "not finite numbers after the last step; lower --lr (1e+39)" in captured.err and "linear top-1" not in captured.out
+    assert not os.path.exists("experiments/a/classifier.pt")
+
+
+def test_a_class_without_test_pictures_has_no_accuracy(finished_run, run_lincls, no_gpu):
+    run_lincls("--pretrained", os.path.join(finished_run, "backbone.pt"), "--features", "cached", "--epochs", 1, "--test_size", 3, "--trial", "a")
+    assert list(results("a")["class_top1"].values()).count(None) >= 7
+
+
+def test_a_file_that_cannot_be_written_is_an_error(finished_run, run_lincls, no_gpu, monkeypatch, capsys):
+    usual = checkpoint.save
+
+    def save(path, *args, **options):
+        if path.endswith("classifier-seed0.pt"):
+            raise OSError("no room for classifier-seed0.pt")
+        usual(path, *args, **options)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    base = ["--pretrained", os.path.join(finished_run, "backbone.pt"), "--features", "cached", "--epochs", 1, "--seeds", 2]
+    assert run_lincls(*base, "--trial", "a") == 1
+    assert "error: no room for classifier-seed0.pt" in capsys.readouterr().err
+    assert os.path.exists("experiments/a/classifier-seed1.pt") and os.path.exists("experiments/a/results.json")
+
+
+def test_a_classifier_of_another_backbone_is_warned_of(finished_run, run_lincls, no_gpu, capsys):
+    path = os.path.join(finished_run, "backbone.pt")
+    run_lincls("--pretrained", path, "--features", "cached", "--epochs", 1, "--trial", "a")
+    checkpoint.save("other.pt", {name: 2 * value for name, value in checkpoint.load(path).items()})
+    assert "another backbone" not in capsys.readouterr().err
+    assert run_lincls("--pretrained", "other.pt", "--evaluate", "experiments/a/classifier.pt") == 0
+    assert "another backbone" in capsys.readouterr().err
 
 
 def test_several_seeds_are_several_evaluations(finished_run, run_lincls, no_gpu, capsys):

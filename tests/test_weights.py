@@ -80,6 +80,7 @@ def change(tensors, **changes):
     ({"layer1__0__bn1__bias": torch.zeros(2)}, r"another shape: layer1.0.bn1.bias is \(2,\), not \(4,\)"),
     ({"conv1__weight": torch.zeros(64, 3, 7, 7)}, r"conv1.weight is \(64, 3, 7, 7\): an ImageNet stem"),
     ({"conv1__weight": None}, "no backbone in it"),
+    ({"bn1__bias": torch.zeros(4, dtype=torch.int64)}, "another type: bn1.bias is torch.int64"),
     ({"bn1__bias": torch.full((4,), float("nan"))}, "not finite numbers: bn1.bias"),
 ])
 def test_what_does_not_fit_is_named(finished_run, changes, words):
@@ -87,6 +88,13 @@ def test_what_does_not_fit_is_named(finished_run, changes, words):
     for prefix in ("", "backbone."):
         with pytest.raises(ValueError, match=words):
             simsiam.load_backbone({"state_dict": layouts.under(prefix, change(own, **changes))}, verbose=False)
+
+
+def test_names_like_solo_learns_without_lightning_keep_the_stem(finished_run, capsys):
+    own = checkpoint.load(os.path.join(finished_run, "backbone.pt"))
+    heads = {f"{head}.weight": torch.zeros(2, 2) for head in ("classifier", "projector", "predictor")}
+    assert simsiam.is_plain(simsiam.load_backbone({**layouts.under("backbone.", own), **heads}))
+    assert "if it comes from solo-learn: its stem pads by 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [{}, [1, 2], torch.zeros(3), {"state_dict": {}}, {"conv1.weight": 3}])

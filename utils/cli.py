@@ -58,6 +58,23 @@ def real_number(text):
     return value
 
 
+def positive_number(text):
+    """An argument type: a finite number, more than 0."""
+    value = real_number(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of more than 0")
+    return value
+
+
+def add_normalization(parser, mean, std):
+    """The options --mean and --std of each channel, with these defaults."""
+    for name, values, number in (("mean", mean, real_number), ("std", std, positive_number)):
+        parser.add_argument(
+            f"--{name}", type=number, nargs=3, default=list(values), metavar=("R", "G", "B"),
+            help="by which the backbone's pictures were normalized",
+        )
+
+
 class Tolerant:
     """A text stream that may lose its reader (a closed terminal, `| head`) or its disk's last free byte: what
     cannot be written is dropped, and the work goes on."""

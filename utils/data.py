@@ -4,13 +4,14 @@ import os
 from typing import NamedTuple
 
 import torch
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset, pil_loader
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.v2 import functional as pictures
 from tqdm import tqdm
 
 from utils import shapes
+from utils.cli import warn
 from utils.device import require_memory
 
 CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
@@ -105,24 +106,27 @@ def load_folder(folder, size):
     """The pictures of a folder, made `size` pixels square (the shorter side resized, the center cropped).
 
     Returns images uint8 [N, 3, size, size], labels int64 [N], the classes' names and the files' paths. Classes are the
-    subfolders, as in torchvision's ImageFolder; pictures without subfolders have the label -1. Raises OSError for
+    subfolders, as in torchvision's ImageFolder; pictures without subfolders have the label -1; names that begin with a
+    dot do not count. Raises OSError for
     a folder without pictures and for a picture that cannot be read.
     """
     if not os.path.isdir(folder):
         raise OSError(f"{folder!r}: no such folder")
-    if any(entry.is_dir() for entry in os.scandir(folder)):
-        found = ImageFolder(folder)
-        files, labels, classes = *zip(*found.samples), found.classes
-    else:
-        files = sorted(entry.path for entry in os.scandir(folder) if entry.name.lower().endswith(IMG_EXTENSIONS))
-        labels, classes = [-1] * len(files), []
+    entries = sorted((entry for entry in os.scandir(folder) if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    files = [entry.path for entry in entries if entry.name.lower().endswith(IMG_EXTENSIONS) and entry.is_file()]
+    labels, classes = [-1] * len(files), [entry.name for entry in entries if entry.is_dir()]
+    if classes:
+        if files:
+            warn(f"{folder}: {len(files)} pictures beside the classes' folders are left out")
+        samples = make_dataset(folder, {name: label for label, name in enumerate(classes)}, IMG_EXTENSIONS)
+        files, labels = zip(*samples)
     if not files:
         raise OSError(f"{folder!r}: no pictures in it ({', '.join(IMG_EXTENSIONS)})")
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
     for i, file in enumerate(tqdm(files, "pictures", leave=False, delay=2, disable=None)):
         try:
             picture = pil_loader(file)
-        except (OSError, SyntaxError) as error:  # Pillow's parsers raise both
+        except Exception as error:  # of any kind: Pillow parses whatever bytes there are
             raise OSError(f"{file}: not a picture that can be read") from error
         images[i] = pictures.pil_to_tensor(pictures.center_crop(pictures.resize(picture, [size]), [size, size]))
     return images, torch.tensor(labels), classes, list(files)

@@ -5,6 +5,7 @@
 import json
 import os
 
+from utils import checkpoint
 from utils.cli import Parser
 
 LOG = "log.jsonl"
@@ -27,13 +28,17 @@ def append(folder, record):
 
 
 def write_json(path, content):
-    """Write a JSON file for people to read, too. Raises OSError that names it."""
+    """Write a JSON file, whole or not at all. Raises OSError that names it."""
+    checkpoint.write(path, f"{json.dumps(content, indent=2)}\n".encode())
+
+
+def read_json(path):
+    """What is in a JSON file. Raises OSError, and ValueError for a file that is none."""
     try:
-        with open(path, "w") as file:
-            json.dump(content, file, indent=2)
-            file.write("\n")
-    except OSError as error:
-        raise OSError(f"{path} could not be written ({error.strerror or error})") from error
+        with open(path) as file:
+            return json.load(file)
+    except ValueError as error:  # also bytes that are no text
+        raise ValueError(f"{path}: no JSON ({error})") from error
 
 
 def read(folder):

@@ -32,7 +32,7 @@ PRETRAINING = Script(
     {CONFIG, log.LOG, BACKBONE},
 )
 EVALUATION = Script(
-    "main_lincls.py", EVALUATION_CHECKPOINT, {*KEYS, "heads", "optimizers", "backbone"},
+    "main_lincls.py", EVALUATION_CHECKPOINT, {*KEYS, "records", "heads", "optimizers", "backbone"},
     (
         "dataset", "train_size", "test_size", "fraction", "arch", "mean", "std", "num_cls", "features", "crop_scale", "epochs",
         "optimizer", "schedule", "batch_size", "lr", "momentum", "weight_decay", "seed", "seeds", "precision",

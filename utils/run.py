@@ -39,7 +39,7 @@ def new_run_folder(exp_dir, trial=None):
     except FileExistsError:
         if not os.path.isdir(exp_dir):
             raise OSError(f"--exp_dir {exp_dir!r} is not a folder") from None
-        raise ValueError(f"--trial {trial}: {path} exists; take another name (main.py goes on with a run by --resume)") from None
+        raise ValueError(f"--trial {trial}: {path} exists; take another name, or go on with it by --resume") from None
     except OSError as error:
         raise OSError(f"no run folder can be made in --exp_dir {exp_dir!r} ({error.strerror}); take another --exp_dir") from error
 
