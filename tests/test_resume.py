@@ -46,10 +46,12 @@ def test_killed_runs_end_as_the_uninterrupted_one(tmp_path):
 
 
 def test_killed_between_link_and_rename_resumes_from_the_checkpoint(tmp_path, runs):
-    """The third replace is the first epoch's checkpoint taking its name; both files are there and good."""
-    code, _ = runs("--trial", "run", "--epochs", 2, "--save_freq", 1, before=[(children.kill_at, ("before rename", 3))])
+    """The sixth replace is the first epoch's checkpoint taking its name, after config.json, the start's two files, the first
+    epoch's backbone and the link; both files are there and good."""
+    code, _ = runs("--trial", "run", "--epochs", 2, "--save_freq", 1, before=[(children.kill_at, ("before rename", 6))])
     assert code == -signal.SIGKILL
     assert checkpoint.load(str(tmp_path / "run" / "checkpoint.pt"))["epoch"] == 0
+    assert (tmp_path / "run" / "checkpoint-previous.pt").exists()
 
 
 def limit_file_size(count):
@@ -128,6 +130,7 @@ def test_no_permission_names_the_file(tmp_path, runs):
     assert code == 1
     assert f"{tmp_path}/run/checkpoint.pt could not be written (Permission denied)" in output and "Traceback" not in output
     assert checkpoint.load(str(tmp_path / "run" / "checkpoint.pt"))["epoch"] == 0
+    assert (tmp_path / "run" / "checkpoint-previous.pt").exists()
 
 
 def test_output_that_cannot_be_written_does_not_end_a_run(tmp_path):
