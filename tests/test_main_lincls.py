@@ -10,8 +10,10 @@ import torch
 import main_lincls
 import simsiam
 from utils import checkpoint, log
-from utils.augment import normalize
+from utils.augment import MEAN, STD, Draws, draw_views, epoch_generator, normalize
 from utils.data import balanced_subset
+from utils.device import autocast
+from utils.features import make_augmented_features
 from utils.metrics import class_accuracies, confusion_matrix, top_k
 
 
@@ -285,6 +287,21 @@ def test_a_fraction_of_the_labels_is_what_is_trained_on(finished_run, run_lincls
     assert run_lincls("--pretrained", path, "--features", "cached", "--fraction", 0.1, "--epochs", 1, "--batch_size", 1, "--trial", "eval") == 0
     assert " of 256 pictures" in capsys.readouterr().out
     assert log.read("experiments/eval")[-1]["lr"] == 30 / 256
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_augmented_features_on_a_gpu(shapes):
+    """Compiled they are the eager ones, but for rounding, and those of the CPU from the same draws."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    backbone = simsiam.resnet18(8).eval()
+    draws = draw_views(50, epoch_generator(0, 0, cpu), 32, 32, scale=(0.08, 1.0))
+    expected = make_augmented_features(backbone, autocast(cpu, "fp32"), MEAN, STD, False)(shapes.train_images[:50], draws)
+    backbone = backbone.to(gpu, memory_format=torch.channels_last)
+    images, draws = shapes.train_images[:50].to(gpu), Draws(*(field.to(gpu) for field in draws))
+    for precision, tolerance in (("fp32", 0.01), ("bf16", 0.1)):
+        for compiled in (False, True):
+            found = make_augmented_features(backbone, autocast(gpu, precision), MEAN, STD, compiled)(images, draws).cpu()
+            assert (found - expected).norm() < tolerance * expected.norm()
 
 
 def test_accuracies_by_hand():
