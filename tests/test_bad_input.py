@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+import export
 import main as pretraining
 import main_lincls
 from conftest import SMALL
@@ -59,7 +60,11 @@ def refused(tmp_path, monkeypatch, capsys):
     ("--gpu -1", ["--gpu -1"]),
     ("--trial a/b", ["a/b", "plain folder name"]),
     ("--trial ..", ["plain folder name"]),
-    ("--epoch 3", ["--epoch"]),
+    ("--epoch 3", ["--epoch 3", "did you mean --epochs?"]),
+    ("--weight-decay 0", ["did you mean --weight_decay?"]),
+    ("--lr 0.1", ["did you mean --learning_rate?"]),
+    ("--arch ResNet18", ["did you mean resnet18?"]),
+    ("--dataset cifar-10", ["did you mean cifar10?"]),
     ("--resume ''", ["''", "no such file"]),
     ("--resume .", ["is a folder"]),
     ("--seed 99999999999999999999", ["--seed", "less than 2^32"]),
@@ -71,6 +76,20 @@ def refused(tmp_path, monkeypatch, capsys):
 ])
 def test_main_refuses(refused, no_gpu, args, words):
     refused(pretraining.main, [*SMALL, *shlex.split(args)], *words)
+
+
+@pytest.mark.parametrize("parser, args, word", [
+    (main_lincls.make_parser(), "--learning_rate 1", "did you mean --lr?"),
+    (export.make_parser(), "backbone --pretrained a --output b --formt export", "did you mean --format?"),
+    (export.make_parser(), "feature --pretrained a --output b", "did you mean features?"),
+])
+def test_other_scripts_know_the_nearest_option_too(parser, args, word, capsys):
+    with pytest.raises(SystemExit):
+        parser.parse_args(args.split())
+    assert word in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parser.parse_args([*args.split(), "--zzz"][-1:])
+    assert "did you mean" not in capsys.readouterr().err  # nothing is near
 
 
 def test_main_refuses_missing_and_damaged_data(refused, no_gpu, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Command lines: argument types, and errors as one line on stderr with exit code 2."""
 import argparse
 import contextlib
+import difflib
 import math
 import signal
 import sys
@@ -9,10 +10,33 @@ from tqdm import tqdm
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser without abbreviations whose errors are one line."""
+    """An ArgumentParser without abbreviations whose errors are one line, which names the nearest valid option or value."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=Formatter, allow_abbrev=False, **options)
+
+    def parse_args(self, args=None, namespace=None):
+        args, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            options = [option for option in self.all_options() if option.startswith("--")]
+            hint = nearest(next((word for word in unknown if word.startswith("-")), "").split("=")[0], options)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return args
+
+    def all_options(self):
+        """The options of the parser and of its subcommands."""
+        for action in self._actions:
+            yield from action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    yield from parser.all_options()
+
+    def _check_value(self, action, value):
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += nearest(str(value), map(str, action.choices))
+            raise
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
@@ -27,11 +51,29 @@ class Parser(argparse.ArgumentParser):
             self.error(str(error))
 
 
+def nearest(word, valid):
+    """'; did you mean ...?' with the valid word nearest to a mistyped one, by letters or initials (lr for learning_rate), or
+    '' where none is near."""
+    def form(text):
+        return text.lower().strip("-").replace("-", "_")
+
+    def initials(text):
+        return "".join(part[:1] for part in text.split("_"))
+
+    word, forms = form(word), {form(each): each for each in valid}
+    found = difflib.get_close_matches(word, forms, n=1) or [each for each in forms if word and (word == initials(each) or each == initials(word))]
+    return f"; did you mean {forms[found[0]]}?" if found else ""
+
+
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The description as it is written, and in the help of the options the defaults that they have."""
 
     def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+        if action.default is None or action.default is False:
+            return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return super()._get_help_string(action)
 
 
 def whole_number(least):
@@ -107,6 +149,11 @@ def run(main):
         sys.exit(128 + signal.SIGINT)
 
 
-def warn(message):
+def complain(message):
     """Say it on stderr, above a progress bar."""
-    tqdm.write(f"warning: {message}", file=sys.stderr)
+    tqdm.write(message, file=sys.stderr)
+
+
+def warn(message):
+    """Say on stderr what the run goes on in spite of."""
+    complain(f"warning: {message}")

@@ -1,13 +1,12 @@
 """Features of a frozen backbone: of all pictures as they are, and of random crops, epoch by epoch."""
 import torch
-from tqdm import tqdm
 
 from utils.augment import MEAN, STD, crop_flip, draw_views, epoch_generator, normalize
 from utils.data import batches
+from utils.progress import Bar
 
 # Batches that go through the backbone at a time on a GPU: it is frozen, so no batch depends on the one before.
 AHEAD = 8
-
 
 
 @torch.no_grad()
@@ -23,7 +22,7 @@ def extract_features(backbone, images, autocast, mean=MEAN, std=STD, batch_size=
     device = next(backbone.parameters()).device
     features = []
     chunks = images.split(batch_size)
-    for chunk in tqdm(chunks, desc="features", unit="batch", leave=False, delay=2, disable=None):
+    for chunk in Bar(chunks, desc="features", unit="batch", leave=False, delay=2):
         with autocast():
             features.append(backbone(normalize(chunk.to(device), mean, std).contiguous(memory_format=torch.channels_last)).float())
     backbone.train(was_training)
