@@ -24,16 +24,20 @@ demo: $(INSTALLED)
 	$(LINEAR) --pretrained experiments/$(DEMO)/backbone.pt --trial $(DEMO)-linear
 	@echo
 	@$(RUN) -m utils.log experiments/$(DEMO) experiments/$(DEMO)-linear-untrained experiments/$(DEMO)-linear
-	@echo "figures: experiments/$(DEMO)/loss-plot.png top1-acc.png views.png"
+	@echo "to look at: experiments/$(DEMO)/report.html and experiments/$(DEMO)-linear/report.html"
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -q tests
 
-# The figures that the README shows, from the committed logs.
-FIGURES_OF = logs/cifar10-w16-24ep
+# The figures of runs that the README shows, from the committed logs.
+FIGURES := $(shell mktemp -du)
 figures: $(INSTALLED)
-	$(RUN) -m utils.plot $(FIGURES_OF)
-	mv $(FIGURES_OF)/loss-plot.png $(FIGURES_OF)/top1-acc.png imgs/
+	$(RUN) -m utils.plot logs/cifar10-w16-24ep --output $(FIGURES)/run --format png
+	$(RUN) -m utils.plot logs/cifar10-5000-w16-b64-30ep-seed* --output $(FIGURES)/seeds --format png
+	cp $(FIGURES)/run/loss-plot.png $(FIGURES)/run/top1-acc.png imgs/
+	cp $(FIGURES)/seeds/std.png imgs/seeds-std.png
+	cp $(FIGURES)/seeds/top1-acc.png imgs/seeds-top1-acc.png
+	rm -r $(FIGURES)
 
 clean:
 	rm -rf $(VENV)

@@ -12,30 +12,32 @@ import math
 import os
 import shlex
 import shutil
-import sys
 import time
 from functools import partial
 
 from utils.cpu import prepare_cpu  # before torch
 
 import torch
-from tqdm import tqdm
 
 from simsiam import ARCHS, SimSiam, feature_std, load_tensors, simsiam_loss
-from utils import checkpoint, plot
+from utils import checkpoint, log
 from utils.augment import apply_two_views, draw_views, epoch_generator
-from utils.cli import Parser, real_number, run, warn, whole_number
+from utils.board import require_tensorboard
+from utils.cli import Parser, complain, real_number, run, warn, whole_number
 from utils.data import DATASETS, batches, load_dataset
 from utils.device import autocast, describe, memory_layout, require_memory, select_device, select_precision
 from utils.graph import GraphedStep, set_rate
 from utils.knn import knn_accuracy
+from utils.plot import COLLAPSE_STD
+from utils.plot_views import plot_views
+from utils.progress import Progress, say, set_quiet
+from utils.report import REPORT, draw_run, evaluation_command, write_report
 from utils.resume import FORMAT, PRETRAINING, check_unchanged, find_resumed, machine, restore, resumed_settings, warn_if_elsewhere
-from utils.run import BACKBONE, CHECKPOINT, RunWriter, new_run_folder, write_config
+from utils.run import BACKBONE, CHECKPOINT, UNTRAINED, RunWriter, new_run_folder, write_config
 from utils.stop import StopRequest
 
 LR_PER_256 = 0.03    # the paper's rate for a batch of 256; it scales linearly (appendix D)
-COLLAPSE_STD = 0.1   # below this, feature_std (healthy: about 1) means that the outputs are all but equal
-COLLAPSE_EPOCHS = 3  # in a row, after which it is said
+COLLAPSE_EPOCHS = 3  # in a row with std below COLLAPSE_STD, after which it is said
 
 
 def make_parser():
@@ -43,29 +45,29 @@ def make_parser():
     data = parser.add_argument_group("data")
     data.add_argument("--data_root", default="data", metavar="DIR", help="folder that has, or gets, cifar-10-batches-py")
     data.add_argument("--dataset", choices=DATASETS, default="cifar10", help="shapes is built in and needs no files")
-    data.add_argument("--train_size", type=whole_number(2), metavar="N", help="the first N training pictures only")
-    data.add_argument("--test_size", type=whole_number(1), metavar="N", help="the first N test pictures only")
+    data.add_argument("--train_size", type=whole_number(2), metavar="N", help="the first N training pictures only (default: all)")
+    data.add_argument("--test_size", type=whole_number(1), metavar="N", help="the first N test pictures only (default: all)")
 
     model = parser.add_argument_group("model")
     model.add_argument("--arch", choices=ARCHS, default="resnet18", help="backbone")
-    model.add_argument("--width", type=whole_number(1), default=64, help="channels of the first stage; 16 has 1/16 of the arithmetic")
-    model.add_argument("--dim", type=whole_number(2), default=2048, help="width of the projector and of the outputs z, p")
-    model.add_argument("--pred_dim", type=whole_number(1), default=512, help="width of the predictor's bottleneck")
-    model.add_argument("--num_proj_layers", type=int, choices=(2, 3), default=2, help="2: CIFAR, 3: ImageNet")
+    model.add_argument("--width", type=whole_number(1), default=64, metavar="CHANNELS", help="of the first stage; 16 has 1/16 of the arithmetic")
+    model.add_argument("--dim", type=whole_number(2), default=2048, metavar="D", help="width, in numbers, of the projector and of the outputs z, p")
+    model.add_argument("--pred_dim", type=whole_number(1), default=512, metavar="D", help="width, in numbers, of the predictor's bottleneck")
+    model.add_argument("--num_proj_layers", type=int, choices=(2, 3), default=2, help="layers of the projector; 2: CIFAR, 3: ImageNet")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=whole_number(1), default=800, help="length of the run and of the cosine schedule")
-    training.add_argument("--batch_size", type=whole_number(2), default=512, help="pictures a step")
-    training.add_argument("--learning_rate", type=real_number, help=f"initial rate (default: {LR_PER_256} * batch_size / 256)")
-    training.add_argument("--momentum", type=real_number, default=0.9, help="of SGD")
-    training.add_argument("--weight_decay", type=real_number, default=5e-4, help="of SGD, on all parameters")
-    training.add_argument("--seed", type=whole_number(0), default=0, help="of the weights, the order and the views")
+    training.add_argument("--epochs", type=whole_number(1), default=800, metavar="N", help="length of the run and of the cosine schedule")
+    training.add_argument("--batch_size", type=whole_number(2), default=512, metavar="N", help="pictures a step")
+    training.add_argument("--learning_rate", type=real_number, metavar="LR", help=f"initial rate (default: {LR_PER_256} * batch_size / 256)")
+    training.add_argument("--momentum", type=real_number, default=0.9, metavar="M", help="of SGD")
+    training.add_argument("--weight_decay", type=real_number, default=5e-4, metavar="WD", help="of SGD, on all parameters")
+    training.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="of the weights, the order and the views")
 
     device = parser.add_argument_group("device")
     device.add_argument("--gpu", type=int, metavar="N", help="number of the CUDA GPU (default: the first one, else the CPU)")
     device.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="auto: bf16 or fp16 by the GPU, fp32 on the CPU (on newer GPUs fp32 has PyTorch's default, TF32 in the convolutions)")
     device.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the views and the forward pass (default: on with CUDA, off on the CPU)")
-    device.add_argument("--cuda_graph", action=argparse.BooleanOptionalAction, default=False, help="replay each step as one CUDA graph")
+    device.add_argument("--cuda_graph", action=argparse.BooleanOptionalAction, default=False, help="replay each step as one CUDA graph (default: off)")
     device.add_argument("--deterministic", action="store_true", help="bit-reproducible on CUDA too, slower")
 
     folder = parser.add_argument_group("run")
@@ -74,7 +76,9 @@ def make_parser():
     folder.add_argument("--max_minutes", type=real_number, metavar="M", help="stop after M minutes as Ctrl-C does, with exit code 0 (default: no limit)")
     folder.add_argument("--exp_dir", default="experiments", metavar="DIR", help="where the run's folder is made")
     folder.add_argument("--trial", metavar="NAME", help="the run folder's name (default: the next free number)")
-    folder.add_argument("--resume", metavar="auto|PATH", help="go on with a checkpoint; auto: of --trial, else of the newest run, else start")
+    folder.add_argument("--resume", metavar="auto|PATH", help="go on with a checkpoint; auto: of --trial, else of the newest run, else start (default: a new run)")
+    folder.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="scalars and figures for TensorBoard too, in the run's folder (needs the package; default: off)")
+    folder.add_argument("--quiet", action="store_true", help="print the result, warnings and errors only")
     folder.add_argument("--untrained", action="store_true", help="measure the untrained network too: its kNN as epoch 0, its weights as untrained.pt")
     return parser
 
@@ -190,22 +194,18 @@ def pretrain(args, device, data, model, optimizer, scaler, writer, state, stop):
     if state["epoch"] == state["step"] == 0:
         order, *draws = draw_epoch(args.seed, 0, size, steps * batch, image_shape, device)
         shown = slice(0, 8)
-        pictures = next(batches(data.train_images, order[shown], len(order[shown]), device))
-        writer.draw(plot.plot_views, pictures, *apply_two_views(pictures, *(views.rows(shown) for views in draws)))
+        pictures, draws = next(batches(data.train_images, order[shown], len(order[shown]), device)), [views.rows(shown) for views in draws]
+        writer.draw(plot_views, pictures, *apply_two_views(pictures, *draws), *draws)
+        writer.draw(write_report, True)
         if args.untrained:
-            writer.attempt(checkpoint.save, writer.path("untrained.pt"), backbone_state(model))
+            writer.attempt(checkpoint.save, writer.path(UNTRAINED), backbone_state(model))
             with stop.at_once():
                 knn1, knn200 = knn_accuracy(model.backbone, data, precision_context)
                 writer.log({"epoch": 0, "knn1": knn1, "knn200": knn200})
-                print(f"untrained: kNN k=1 {knn1:.2f} %, k=200 {knn200:.2f} %")
+                say(f"untrained: kNN k=1 {knn1:.2f} %, k=200 {knn200:.2f} %")
 
-    collapsed = 0  # epochs in a row
-    bar = tqdm(
-        total=args.epochs, initial=state["epoch"] + state["step"] / steps,
-        bar_format="{percentage:3.0f}%|{bar}| {n:.2f}/{total} epochs [{elapsed}<{remaining}{postfix}]",
-        mininterval=0.1 if sys.stderr.isatty() else 30,
-    )
-    with bar:
+    collapsed, knn = 0, ""  # epochs in a row; the newest kNN, in words
+    with Progress(args.epochs, state["epoch"] + state["step"] / steps) as progress:
         for epoch in range(state["epoch"], args.epochs):
             rate = cosine_rate(args.learning_rate, epoch, args.epochs)
             set_rate(optimizer, rate)
@@ -222,7 +222,7 @@ def pretrain(args, device, data, model, optimizer, scaler, writer, state, stop):
                 rows = slice(step * batch, (step + 1) * batch)
                 metrics[step] = train_step(next(images), draws1.rows(rows), draws2.rows(rows))
                 step += 1
-                bar.update(epoch + step / steps - bar.n)
+                progress.update(epoch + step / steps)
             # ----
 
             metrics = metrics[:step].cpu()  # the epoch's one synchronization
@@ -241,7 +241,7 @@ def pretrain(args, device, data, model, optimizer, scaler, writer, state, stop):
                 }
                 if scaler.is_enabled():
                     record["skipped_steps"] = int(metrics[:, 2].sum())
-                bar.set_postfix_str(f"loss {mean_loss:.4f}, std {mean_std:.3f}, {speed:,.0f} views/s")
+                line = f"loss {mean_loss:.4f}, std {mean_std:.3f}, {speed:,.0f} views/s"
                 collapsed = collapsed + 1 if mean_std < COLLAPSE_STD else 0
                 if collapsed == COLLAPSE_EPOCHS:
                     warn(
@@ -253,11 +253,10 @@ def pretrain(args, device, data, model, optimizer, scaler, writer, state, stop):
                 if measured and stop.signal is None:
                     with stop.at_once():
                         record["knn1"], record["knn200"] = knn_accuracy(model.backbone, data, precision_context)
-                        tqdm.write(
-                            f"epoch {epoch + 1}: loss {mean_loss:.4f}, std {mean_std:.3f}, "
-                            f"kNN k=1 {record['knn1']:.2f} %, k=200 {record['knn200']:.2f} %"
-                        )
+                        line += f", kNN k=1 {record['knn1']:.2f} %, k=200 {record['knn200']:.2f} %"
+                        knn = f"kNN {record['knn200']:.1f} %, "
                 if not measured or "knn200" in record:  # else stopped in the kNN, which the resumed run makes
+                    progress.epoch(epoch + 1, line, measured, f"loss {mean_loss:.3f}, std {mean_std:.2f}, {knn}{speed:,.0f} views/s")
                     writer.log(record)
                     state = new_epoch(epoch + 1)
 
@@ -266,14 +265,13 @@ def pretrain(args, device, data, model, optimizer, scaler, writer, state, stop):
                 if not is_finite(model):
                     return give_up(args, writer, epoch, step - 1, steps, "after it a weight is not a finite number")
                 writer.save(run_files(args, device, state, model, optimizer, scaler), state["epoch"])
-                if state["epoch"] > 0:
-                    writer.draw(plot.plot_run)
+            if stopped or finished or writer.may_draw():
+                writer.draw(draw_run, not (stopped or finished))
             if (stopped or finished) and writer.unsaved is not None:
-                tqdm.write(f"main.py: error: {writer.unsaved}; what came after epoch {writer.saved_epoch} is lost", file=sys.stderr)
+                complain(f"main.py: error: {writer.unsaved}; what came after epoch {writer.saved_epoch} is lost")
                 return 1
             if stopped and not finished:
-                path = shlex.quote(writer.path(CHECKPOINT))
-                tqdm.write(f"stopped in epoch {epoch + 1}; to go on: python main.py --resume {path}")
+                say(f"stopped in epoch {epoch + 1}; to go on: python main.py --resume {shlex.quote(writer.path(CHECKPOINT))}")
                 return stop.exit_code
     return 0
 
@@ -299,10 +297,11 @@ def give_up(args, writer, epoch, step, steps, what):
     lower = f"--learning_rate ({args.learning_rate:g})"
     if args.precision != "fp32":
         lower += f", or take more than --precision {args.precision}"
-    tqdm.write(
+    complain(
         f"main.py: error: epoch {epoch + 1}, step {step + 1} of {steps}: {what}; "
-        f"{writer.path(CHECKPOINT)} is kept as of epoch {writer.saved_epoch}; start a new run with a lower {lower}", file=sys.stderr,
+        f"{writer.path(CHECKPOINT)} is kept as of epoch {writer.saved_epoch}; start a new run with a lower {lower}"
     )
+    writer.draw(draw_run)
     return 1
 
 
@@ -310,13 +309,12 @@ def give_up(args, writer, epoch, step, steps, what):
 # From the command line to the run
 
 
-def evaluation_command(args, device, folder):
-    """What to type to evaluate the run linearly."""
-    words = ["python", "main_lincls.py", "--arch", args.arch, "--pretrained", os.path.join(folder, BACKBONE)]
-    if device.type == "cpu":
-        words += ["--features", "cached"]
-    words += [args.data_root] if args.dataset == "cifar10" else ["--dataset", args.dataset, args.data_root]
-    return shlex.join(words)
+def outcome(folder):
+    """What a finished run has come to, in words."""
+    try:
+        return log.summarize(folder)
+    except (OSError, ValueError) as error:  # somebody removed the log
+        return f"done, but {error}"
 
 
 def start(args, device, model, optimizer, scaler, folder):
@@ -324,7 +322,7 @@ def start(args, device, model, optimizer, scaler, folder):
     made = folder is None
     if made:
         folder = new_run_folder(args.exp_dir, args.trial)
-    writer, state = RunWriter(folder), new_epoch(0)
+    writer, state = RunWriter(folder, board=args.tensorboard), new_epoch(0)
     try:
         write_config(folder, vars(args), device)
         writer.write(run_files(args, device, state, model, optimizer, scaler), state["epoch"])
@@ -339,6 +337,7 @@ def main(argv=None):
     begin = time.monotonic()
     parser = make_parser()
     args = parser.parse_args(argv)
+    set_quiet(args.quiet)
     with parser.user_errors():
         folder, state = None, None
         if args.resume is not None:
@@ -346,14 +345,16 @@ def main(argv=None):
         if state is not None:
             args = resumed_settings(PRETRAINING, parser, argv, state["config"])
             if state["epoch"] >= args.epochs:
-                print(f"{folder}: already done, epoch {state['epoch']} of {args.epochs}")
+                say(f"{folder}: already done, epoch {state['epoch']} of {args.epochs}")
                 return 0
         elif args.resume is not None:
-            print(f"nothing to resume in {args.exp_dir}: a new run")
+            say(f"nothing to resume in {args.exp_dir}: a new run")
         device = select_device(args.gpu)
         args.precision = select_precision(args.precision, device)
         if args.cuda_graph and (device.type != "cuda" or args.precision == "fp16"):
             raise ValueError("--cuda_graph needs a CUDA GPU and --precision bf16 or fp32")
+        if args.tensorboard:
+            require_tensorboard()
         if device.type == "cpu":
             prepare_cpu()
         if args.learning_rate is None:
@@ -370,13 +371,13 @@ def main(argv=None):
         if state is None:
             writer, state = start(args, device, model, optimizer, scaler, folder)
         else:
-            writer = RunWriter(folder, state["epoch"])
+            writer = RunWriter(folder, state["epoch"], args.tensorboard)
             check_unchanged(state)
 
-    print(f"{writer.folder}: {args.arch}, width {args.width}, {args.dataset}, {len(data.train_images)} pictures, {describe(device)}, {args.precision}")
+    say(f"{writer.folder}: {args.arch}, width {args.width}, {args.dataset}, {len(data.train_images)} pictures, {describe(device)}, {args.precision}")
     warn_if_elsewhere(state, device)
     if device.type == "cpu":
-        print(
+        say(
             "No GPU in use. Two CPU cores train 50 to 115 views/s at width 64 and 600 to 1,000 at width 16; an epoch "
             f"is {2 * len(data.train_images):,} views. --width 16 and --train_size 5000 make it small."
         )
@@ -385,10 +386,12 @@ def main(argv=None):
             code = pretrain(args, device, data, model, optimizer, scaler, writer, state, stop)
     except (MemoryError, torch.OutOfMemoryError) as error:
         reason = str(error).split(". ")[0]
-        print(f"main.py: error: out of memory ({reason}); lower --batch_size or --width", file=sys.stderr)
+        complain(f"main.py: error: out of memory ({reason}); lower --batch_size or --width")
         return 1
     if code == 0 and stop.signal is None:
-        print(f"done; next: {evaluation_command(args, device, writer.folder)}")
+        print(f"{writer.folder}: {outcome(writer.folder)}")
+        say(f"figures and all else on one page: {writer.path(REPORT)}")
+        say(f"done; next: {evaluation_command(vars(args), writer.folder, device.type == 'cpu')}")
     return code
 
 

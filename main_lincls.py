@@ -17,7 +17,6 @@ import os
 import shlex
 import shutil
 import statistics
-import sys
 import time
 from typing import NamedTuple
 
@@ -25,16 +24,19 @@ from utils.cpu import prepare_cpu  # before torch
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from simsiam import ARCHS, load_backbone
-from utils import checkpoint, log, plot
+from utils import checkpoint, log
 from utils.augment import MEAN, STD
-from utils.cli import Parser, add_normalization, real_number, run, warn, whole_number
+from utils.board import require_tensorboard
+from utils.cli import Parser, add_normalization, complain, real_number, run, warn, whole_number
 from utils.data import DATASETS, balanced_subset, load_dataset
 from utils.device import autocast, describe, select_device, select_precision
 from utils.features import extract_features, feature_batches, make_augmented_features
 from utils.metrics import class_accuracies, confusion_matrix, top_k
+from utils.plot_features import plot_confusion
+from utils.progress import Progress, say, set_quiet
+from utils.report import REPORT, draw_run
 from utils.resume import EVALUATION, FORMAT, check_unchanged, find_resumed, machine, restore, resumed_settings, warn_if_elsewhere
 from utils.run import EVALUATION_CHECKPOINT, RESULTS, RunWriter, new_run_folder, write_config
 from utils.stop import StopRequest
@@ -60,27 +62,27 @@ def make_parser():
     data.add_argument("data_root", nargs="?", default="data", metavar="DIR", help="folder that has, or gets, cifar-10-batches-py")
     data.add_argument("--dataset", choices=DATASETS, default="cifar10", help="shapes is built in and needs no files")
     data.add_argument("--num_cls", type=whole_number(2), metavar="N", help="number of classes (default: the data set's)")
-    data.add_argument("--train_size", type=whole_number(1), metavar="N", help="the first N training pictures only")
-    data.add_argument("--test_size", type=whole_number(1), metavar="N", help="the first N test pictures only")
+    data.add_argument("--train_size", type=whole_number(1), metavar="N", help="the first N training pictures only (default: all)")
+    data.add_argument("--test_size", type=whole_number(1), metavar="N", help="the first N test pictures only (default: all)")
     data.add_argument("--fraction", type=share, default=1.0, metavar="F", help="train on this share of each class, drawn by --seed: 0.01 and 0.1 are usual")
 
     backbone = parser.add_argument_group("backbone")
     backbone.add_argument("--pretrained", metavar="CHECKPOINT", help="backbone.pt or checkpoint.pt of a run of main.py, or a checkpoint of other code (needed)")
     backbone.add_argument("--arch", choices=ARCHS, default="resnet18", help="backbone")
-    backbone.add_argument("--width", type=whole_number(1), help="channels of the first stage; the default is the checkpoint's")
+    backbone.add_argument("--width", type=whole_number(1), metavar="CHANNELS", help="of the first stage (default: the checkpoint's)")
     add_normalization(backbone, MEAN, STD)
 
     training = parser.add_argument_group("classifier")
     training.add_argument("--features", choices=("augmented", "cached"), default="augmented", help="augmented: random crop and flip in every epoch; cached: computed once, without")
     training.add_argument("--crop_scale", type=share, nargs=2, default=list(CROP_SCALE), metavar=("MIN", "MAX"), help="the random crop's share of the picture's area")
-    training.add_argument("--epochs", type=whole_number(1), default=100, help="passes over the training pictures; for lbfgs iterations")
+    training.add_argument("--epochs", type=whole_number(1), default=100, metavar="N", help="passes over the training pictures; for lbfgs iterations")
     training.add_argument("--optimizer", choices=("sgd", "lbfgs"), default="sgd", help="lbfgs: all cached features in each step, rate by line search")
     training.add_argument("--schedule", choices=("step", "cosine", "constant"), default="step", help="of sgd's rate; step: a tenth after 60 %% and 80 %% of the epochs")
-    training.add_argument("--batch_size", type=whole_number(1), default=256, help="pictures a step of sgd")
-    training.add_argument("--lr", type=real_number, help=f"initial rate of sgd (default: {LR_PER_256} * batch_size / 256)")
-    training.add_argument("--momentum", type=real_number, default=0.9, help="of sgd")
-    training.add_argument("--weight_decay", type=real_number, default=0.0, help="on weights and biases")
-    training.add_argument("--seed", type=whole_number(0), default=0, help="of the classifier, the order, the crops and the --fraction")
+    training.add_argument("--batch_size", type=whole_number(1), default=256, metavar="N", help="pictures a step of sgd")
+    training.add_argument("--lr", type=real_number, metavar="LR", help=f"initial rate of sgd (default: {LR_PER_256} * batch_size / 256)")
+    training.add_argument("--momentum", type=real_number, default=0.9, metavar="M", help="of sgd")
+    training.add_argument("--weight_decay", type=real_number, default=0.0, metavar="WD", help="on weights and biases")
+    training.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="of the classifier, the order, the crops and the --fraction")
     training.add_argument("--seeds", type=whole_number(1), default=1, metavar="N", help="train N classifiers, with seeds from --seed on: mean and std")
     training.add_argument("--evaluate", metavar="CLASSIFIER", help="train nothing: test the classifier.pt of an evaluation")
 
@@ -93,7 +95,9 @@ def make_parser():
     folder.add_argument("--max_minutes", type=real_number, metavar="M", help="stop after M minutes as Ctrl-C does, with exit code 0 (default: no limit)")
     folder.add_argument("--exp_dir", default="experiments", metavar="DIR", help="where the evaluation's folder is made")
     folder.add_argument("--trial", metavar="NAME", help="the folder's name (default: the next free number)")
-    folder.add_argument("--resume", metavar="auto|PATH", help=f"go on with an evaluation; auto: of --trial, else the newest, else start; PATH: its {EVALUATION_CHECKPOINT}")
+    folder.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="scalars and figures for TensorBoard too, in the folder (needs the package; default: off)")
+    folder.add_argument("--quiet", action="store_true", help="print the result, warnings and errors only")
+    folder.add_argument("--resume", metavar="auto|PATH", help=f"go on with an evaluation; auto: of --trial, else the newest, else start; PATH: its {EVALUATION_CHECKPOINT} (default: a new one)")
     return parser
 
 
@@ -184,12 +188,7 @@ def train(args, device, data, heads, features_of, test_features, writer, state, 
     sizes = torch.tensor([min(args.batch_size, size - args.batch_size * step) for step in range(steps)])  # none is dropped
     penalty = args.weight_decay if args.optimizer == "lbfgs" else 0.0
     records, saved = state["records"], time.monotonic()
-    bar = tqdm(
-        total=args.epochs, initial=state["epoch"] + state["step"] / steps,
-        bar_format="{percentage:3.0f}%|{bar}| {n:.2f}/{total} epochs [{elapsed}<{remaining}{postfix}]",
-        mininterval=0.1 if sys.stderr.isatty() else 30,
-    )
-    with bar:
+    with Progress(args.epochs, state["epoch"] + state["step"] / steps) as progress:
         for epoch in range(state["epoch"], args.epochs):
             start, step = time.perf_counter(), state["step"]
             feeds = [
@@ -207,7 +206,7 @@ def train(args, device, data, heads, features_of, test_features, writer, state, 
                 for i, head in enumerate(heads):
                     metrics[step, i] = train_step(head, *next(feeds[i]), penalty)
                 step += 1
-                bar.update(epoch + step / steps - bar.n)
+                progress.update(epoch + step / steps)
             # ----
 
             metrics = metrics[:step].cpu()  # the epoch's one synchronization
@@ -227,12 +226,15 @@ def train(args, device, data, heads, features_of, test_features, writer, state, 
                     record["lr"] = rate
                 records.append(record)
                 writer.log(record)
-                bar.set_postfix_str(f"training loss {record['train_loss']:.3f}, test top-1 {record['test_top1']:.2f} %")
+                line = f"training loss {record['train_loss']:.3f}, test top-1 {record['test_top1']:.2f} %"
+                progress.epoch(epoch + 1, line, epoch + 1 == args.epochs, line)
                 state = new_epoch(epoch + 1, records)
             finished, stopped = state["epoch"] == args.epochs, stop.signal is not None
             if finished or stopped or time.monotonic() - saved > SAVE_SECONDS:
                 writer.save({EVALUATION_CHECKPOINT: evaluation_state(args, device, state, heads)}, state["epoch"])
                 saved = time.monotonic()
+            if stopped or (not finished and writer.may_draw()):
+                writer.draw(draw_run, not stopped)
             if stopped and not finished:
                 return stopped_early(args, writer, stop)
     return records
@@ -309,9 +311,10 @@ def report(args, data, heads, records, confusion, writer):
             weights = {key: value.cpu() for key, value in head.classifier.state_dict().items()}
             writer.attempt(checkpoint.save, writer.path(name), weights)
             unsaved.append(writer.unsaved)
-        writer.draw(plot.plot_run)
+    writer.draw(plot_confusion, confusion, data.classes)
     writer.attempt(log.write_json, writer.path(RESULTS), results)  # last: with it the evaluation is done
-    writer.draw(plot.plot_confusion, confusion, data.classes)
+    writer.draw(draw_run)
+    say(f"figures and all else on one page: {writer.path(REPORT)}")
     unsaved = [reason for reason in (*unsaved, writer.unsaved) if reason is not None]
     return give_up(unsaved[0]) if unsaved else 0
 
@@ -334,9 +337,9 @@ def stopped_early(args, writer, stop):
     if writer.unsaved is not None:
         return give_up(writer.unsaved)
     if args.evaluate is not None:
-        print("stopped before there was a result")
+        say("stopped before there was a result")
     else:
-        print(f"stopped; to go on: python main_lincls.py --resume {shlex.quote(writer.path(EVALUATION_CHECKPOINT))}")
+        say(f"stopped; to go on: python main_lincls.py --resume {shlex.quote(writer.path(EVALUATION_CHECKPOINT))}")
     return stop.exit_code
 
 
@@ -347,7 +350,7 @@ def lower_rate(args):
 
 def give_up(what):
     """Say why there is no result. Returns the exit code."""
-    print(f"main_lincls.py: error: {what}", file=sys.stderr)
+    complain(f"main_lincls.py: error: {what}")
     return 1
 
 
@@ -409,7 +412,7 @@ def start(args, device, heads, folder):
     made = folder is None
     if made:
         folder = new_run_folder(args.exp_dir, args.trial)
-    writer = RunWriter(folder)
+    writer = RunWriter(folder, board=args.tensorboard)
     try:
         write_config(folder, vars(args), device)
         if args.evaluate is None:
@@ -425,6 +428,7 @@ def main(argv=None):
     begin = time.monotonic()
     parser = make_parser()
     args = parser.parse_args(argv)
+    set_quiet(args.quiet)
     with parser.user_errors():
         folder, state = None, None
         if args.resume is not None:
@@ -434,17 +438,19 @@ def main(argv=None):
         if state is not None:
             args = resumed_settings(EVALUATION, parser, argv, state["config"])
             if state["epoch"] >= args.epochs and os.path.exists(os.path.join(folder, RESULTS)):
-                print(f"{folder}: already done, epoch {state['epoch']} of {args.epochs}; the figures are in {RESULTS}")
+                say(f"{folder}: already done, epoch {state['epoch']} of {args.epochs}; the figures are in {RESULTS}")
                 return 0
         elif args.resume is not None:
-            print(f"nothing to resume in {args.exp_dir}: a new evaluation")
+            say(f"nothing to resume in {args.exp_dir}: a new evaluation")
         if args.pretrained is None:
             raise ValueError("--pretrained CHECKPOINT is needed: the backbone to evaluate")
         device = select_device(args.gpu)
         args.precision = select_precision(args.precision, device)
+        if args.tensorboard:
+            require_tensorboard()
         if device.type == "cpu":
             prepare_cpu()
-        backbone = load_backbone(checkpoint.load(args.pretrained), args.arch, args.width, name=args.pretrained).requires_grad_(False)
+        backbone = load_backbone(checkpoint.load(args.pretrained), args.arch, args.width, verbose=not args.quiet, name=args.pretrained).requires_grad_(False)
         args.backbone = checkpoint.tensors_digest(backbone.state_dict())
         if state is not None and state["backbone"] != args.backbone:
             raise ValueError(f"--pretrained {args.pretrained}: not the backbone that {state['origin'][0]} was trained on")
@@ -460,13 +466,13 @@ def main(argv=None):
         if state is None:
             writer, state = start(args, device, heads, folder), new_epoch(0, [])
         else:
-            writer = RunWriter(folder, state["epoch"])
+            writer = RunWriter(folder, state["epoch"], args.tensorboard)
             check_unchanged(state)
 
     work = f"classifier {args.evaluate}"
     if args.evaluate is None:
         work = f"{len(data.train_images)}{'' if args.fraction == 1 else f' of {labeled}'} pictures, {args.features} features"
-    print(f"{writer.folder}: {args.dataset}, {work}, {describe(device)}, {args.precision}")
+    say(f"{writer.folder}: {args.dataset}, {work}, {describe(device)}, {args.precision}")
     warn_if_elsewhere(state, device)
     try:
         with StopRequest(args.max_minutes, begin) as stop:

@@ -1,5 +1,5 @@
-"""Runs of main.py in processes of their own that start in a moment: forked from a server which has imported torch
-and never computed."""
+"""Runs of main.py, without figures, in processes of their own that start in a moment: forked from a server which has imported
+torch and never computed."""
 import json
 import multiprocessing
 import os
@@ -106,6 +106,7 @@ def child(argv, output, before):
     import main
     from utils.cli import run
 
+    main.plot_views = main.write_report = main.draw_run = lambda *args: None  # drawing takes seconds, and has tests of its own
     run(lambda: main.main(argv))
 
 

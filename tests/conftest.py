@@ -52,15 +52,25 @@ def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
+DRAWING = ("plot_views", "write_report", "draw_run", "plot_confusion")  # takes seconds a run, and has tests of its own
+
+
 @pytest.fixture
-def run_main(tmp_path, monkeypatch):
-    """main.py in this process, its runs in tmp_path/experiments: run_main("--epochs", 2, ...) -> exit code."""
+def no_drawing(monkeypatch):
+    for module in (pretraining, main_lincls):
+        for name in DRAWING:
+            monkeypatch.setattr(module, name, lambda *args: None, raising=False)
+
+
+@pytest.fixture
+def run_main(tmp_path, monkeypatch, no_drawing):
+    """main.py in this process, without figures, its runs in tmp_path/experiments: run_main("--epochs", 2, ...) -> exit code."""
     monkeypatch.chdir(tmp_path)
     return lambda *args: pretraining.main([*SMALL, *map(str, args)])
 
 
 @pytest.fixture
-def run_lincls(tmp_path, monkeypatch):
+def run_lincls(tmp_path, monkeypatch, no_drawing):
     monkeypatch.chdir(tmp_path)
     return lambda *args: main_lincls.main(
         ["--dataset", "shapes", "--train_size", "256", "--test_size", "100", *map(str, args)]

@@ -80,12 +80,16 @@ def kill_runs(folder, kills, seed=0, extra=()):
     return hits
 
 
-def main():
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--extra", type=shlex.split, default=[], help="more options of main.py")
-    args = parser.parse_args()
+    return parser
+
+
+def main():
+    args = make_parser().parse_args()
     folder = tempfile.mkdtemp()
     try:
         hits = kill_runs(folder, args.kills, args.seed, args.extra)

@@ -116,7 +116,7 @@ def test_any_arguments_of_main_lincls(offline, monkeypatch, tmp_path, finished_r
     base = ["--pretrained", os.path.join(finished_run, "backbone.pt"), *"--dataset shapes --train_size 8 --test_size 4".split()]
     codes = []
 
-    @settings(FUZZ, max_examples=60 * TIMES)
+    @settings(FUZZ, max_examples=80 * TIMES)
     @given(options_of(main_lincls))
     def fuzz(argv):
         codes.append(check(main_lincls, base, argv, tmp_path / "here"))

@@ -37,7 +37,9 @@ def assert_same_state(first, second):
 
 def test_the_run_folder_is_complete(finished_run):
     assert sorted(os.listdir(finished_run)) == [
-        "backbone.pt", "checkpoint-previous.pt", "checkpoint.pt", "config.json", "log.jsonl", "loss-plot.png", "top1-acc.png", "views.png",
+        "backbone.pt", "checkpoint-previous.pt", "checkpoint.pt", "config.json", "learning-rate.png", "learning-rate.svg", "log.jsonl",
+        "loss-plot.png", "loss-plot.svg", "report.html", "std.png", "std.svg", "throughput.png", "throughput.svg", "top1-acc.png", "top1-acc.svg",
+        "views.png", "views.svg",
     ]
     records = log.read(finished_run)
     assert [record["epoch"] for record in records] == [1, 2]

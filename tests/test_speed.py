@@ -89,7 +89,7 @@ def run_command(*args):
 def test_the_command_writes_its_rows(tmp_path):
     """At a tiny size: a row for each figure and pipeline, and the table last."""
     path = tmp_path / "rows.json"
-    command = ["--what", "views", "step", "end_to_end", "memory", *TINY, "--data_root", tmp_path, "--json", path]
+    command = ["--what", "views", "step", "end_to_end", "memory", *TINY, "--rounds", "1", "--data_root", tmp_path, "--json", path]
     done = run_command(*command)
     rows = json.loads(path.read_text())
     assert len(rows) == 8

@@ -11,10 +11,13 @@ import pytest
 import torch
 
 import export
+import kills
 import main as pretraining
 import main_lincls
+import visualize
+from benchmarks import speed
 from conftest import REPO
-from utils import checkpoint, log, plot
+from utils import checkpoint, log, plot, report
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
@@ -54,7 +57,7 @@ def test_the_log_reads_back_and_a_repeated_epoch_counts_once(tmp_path):
     assert [(record["epoch"], record["loss"]) for record in log.read(folder)] == [(1, -0.5), (2, -0.7), (3, -0.8)]
 
 
-def test_tables_and_figures_come_from_the_log(tmp_path):
+def test_tables_come_from_the_log(tmp_path):
     for name, records in {
         "pretraining": [{"epoch": 0, "knn1": 20.0, "knn200": 25.0}, {"epoch": 1, "loss": -0.5, "std": 0.9, "knn1": 30.0, "knn200": 35.5}],
         "linear": [{"epoch": 1, "train_loss": 2.0, "train_top1": 50.0, "test_top1": 61.0}, {"epoch": 2, "train_loss": 1.0, "train_top1": 55.0, "test_top1": 60.25}],
@@ -62,33 +65,13 @@ def test_tables_and_figures_come_from_the_log(tmp_path):
         (tmp_path / name).mkdir()
         for record in records:
             log.append(str(tmp_path / name), record)
-    for module in ("utils.log", "utils.plot"):
-        result = subprocess.run(
-            [sys.executable, "-m", module, tmp_path / "pretraining", tmp_path / "linear"],
-            cwd=REPO, capture_output=True, text=True,
-        )
-        assert result.returncode == 0, result.stderr
-        if module == "utils.log":
-            assert "k=200 35.50 (untrained 25.00)" in result.stdout and "60.25 % (epoch 2)" in result.stdout
-    for name in ("pretraining", "linear"):
-        assert {"loss-plot.png", "top1-acc.png"} <= set(os.listdir(tmp_path / name))
+    result = subprocess.run(
+        [sys.executable, "-m", "utils.log", tmp_path / "pretraining", tmp_path / "linear"], cwd=REPO, capture_output=True, text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "k=200 35.50 (untrained 25.00)" in result.stdout and "60.25 % (epoch 2)" in result.stdout
     missing = subprocess.run([sys.executable, "-m", "utils.log", tmp_path], cwd=REPO, capture_output=True, text=True)
     assert missing.returncode == 2 and missing.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize("name", ["a b", "$x_$", "\udcff"])
-def test_any_folder_name_has_figures(tmp_path, name):
-    folder = str(tmp_path / name)
-    os.mkdir(folder)
-    log.append(folder, {"epoch": 1, "loss": -0.5})
-    plot.plot_run(folder)
-    assert os.path.getsize(os.path.join(folder, "loss-plot.png")) > 1000
-
-
-def test_views_are_shown_in_their_colors(tmp_path):
-    images = torch.full((2, 3, 32, 32), 128, dtype=torch.uint8)
-    plot.plot_views(str(tmp_path), images, torch.zeros(2, 3, 32, 32), torch.zeros(2, 3, 32, 32))
-    assert (tmp_path / "views.png").stat().st_size > 1000
 
 
 def imported(path):
@@ -125,14 +108,41 @@ def test_the_readmes_python_runs(tmp_path, finished_run, monkeypatch):
     subprocess.run([sys.executable, "-c", "\n".join(blocks)], check=True)
 
 
+COMMAND = r"(?:python|make|bash|pip|tensorboard) "
+PARSERS = {
+    "main.py": pretraining.make_parser, "main_lincls.py": main_lincls.make_parser, "export.py": export.make_parser,
+    "visualize.py": visualize.make_parser, "benchmarks/speed.py": speed.make_parser, "tests/kills.py": kills.make_parser,
+    "utils.plot": plot.make_parser, "utils.log": log.make_parser, "utils.report": report.make_parser,
+}
+
+
+def commands_in(text):
+    """The commands in indented or fenced lines, and between backticks."""
+    fenced = re.findall(r"```\n(.*?)```", text, re.DOTALL)
+    lines = [line for block in fenced for line in block.splitlines() if re.match(COMMAND, line)]
+    lines += re.findall(rf"^    ({COMMAND}.*)$", text, re.MULTILINE)
+    inline = [" ".join(code.split()) for code in re.findall(rf"(?<!`)`({COMMAND}[^`]+)`", text)]
+    return [shlex.split(command, comments=True) for command in (*lines, *inline)]
+
+
 def test_the_documented_commands_parse():
-    """Every command of the scripts in the README and in their own docstrings is accepted by their parsers."""
-    texts = [(REPO / "README.md").read_text(), pretraining.__doc__, main_lincls.__doc__, export.__doc__]
-    commands = [
-        shlex.split(line, comments=True) for text in texts for line in text.splitlines()
-        if line.strip().startswith(("python main.py", "python main_lincls.py", "python export.py"))
-    ]
-    assert len(commands) > 8
-    for _, script, *args in commands:
-        module = {"main.py": pretraining, "main_lincls.py": main_lincls, "export.py": export}[script]
-        module.make_parser().parse_args(args)
+    """Every command in the documents and in the scripts' docstrings is one that the real parsers take, or names files and
+    targets that are there."""
+    texts = [path.read_text() for path in (REPO / "README.md", REPO / "logs" / "README.md", REPO / "benchmarks" / "results" / "README.md")]
+    texts += [module.__doc__ for module in (pretraining, main_lincls, export, visualize, plot, log, report)]
+    targets = re.findall(r"^(\w+):", (REPO / "Makefile").read_text(), re.MULTILINE)
+    seen = set()
+    for program, *args in (command for text in texts for command in commands_in(text)):
+        seen.add(program)
+        if program == "make":
+            assert args[0] in targets, args
+        elif program == "bash":
+            assert (REPO / args[0]).exists(), args
+        elif program == "pip":
+            assert args[0] == "install" and all((REPO / name).exists() for name in args[1:] if name.endswith(".txt")), args
+        elif program == "python":
+            name, *args = args[1:] if args[0] == "-m" else args
+            seen.add(name)
+            if "--help" not in args:
+                PARSERS[name]().parse_args(args)
+    assert seen > {"make", "bash", "pip", *PARSERS}

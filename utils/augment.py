@@ -110,6 +110,11 @@ def normalize(images, mean=MEAN, std=STD):
     return torch.cat([(images[:, i:i + 1] - mean[i]) / std[i] for i in range(3)], dim=1)
 
 
+def denormalize(views):
+    """The opposite of `normalize` by MEAN and STD: normalized views float [B, 3, H, W] -> pictures in [0, 1]."""
+    return torch.cat([views[:, i:i + 1] * STD[i] + MEAN[i] for i in range(3)], dim=1).clamp(0, 1)
+
+
 def in_eager_cpu(x):
     """Whether operations run one by one on the CPU. On CUDA, and when compiled, they fuse best where they are plain
     arithmetic; on a CPU one by one, a single operation for much of it instead saves many passes over memory."""

@@ -1,6 +1,6 @@
 """log.jsonl: one JSON object a line, one line an epoch; and a table of runs from it.
 
-    python -m utils.log FOLDER...        prints the last figures of each run
+    python -m utils.log FOLDER...        # prints the last figures of each run
 """
 import json
 import os
@@ -41,10 +41,10 @@ def read_json(path):
         raise ValueError(f"{path}: no JSON ({error})") from error
 
 
-def read(folder):
+def read(folder, empty=False):
     """The log as a list of dicts, by epoch. An epoch that a resumed run did again counts once, as it was
-    last written; an unfinished line does not count. Raises OSError if there is no log, ValueError if it
-    has no epoch."""
+    last written; an unfinished line does not count. Raises OSError if there is no log, and, unless it may be empty,
+    ValueError if it has no epoch."""
     path = os.path.join(folder, LOG)
     records = {}
     with open(path, errors="replace") as file:
@@ -55,7 +55,7 @@ def read(folder):
                 continue
             if isinstance(record, dict) and isinstance(record.get("epoch"), int):
                 records[record["epoch"]] = record
-    if not records:
+    if not records and not empty:
         raise ValueError(f"{path!r}: no epoch in it")
     return [records[epoch] for epoch in sorted(records)]
 
@@ -85,9 +85,14 @@ def summarize(folder):
     return "  ".join(parts)
 
 
-def main(argv=None):
+def make_parser():
     parser = Parser(prog="python -m utils.log", description=__doc__)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a run's folder, with its log.jsonl")
+    return parser
+
+
+def main(argv=None):
+    parser = make_parser()
     folders = parser.parse_args(argv).folders
     width = max(len(folder) for folder in folders)
     for folder in folders:

@@ -1,119 +1,254 @@
-"""Figures of a run.
+"""Figures of runs, from their log.jsonl.
 
-    python -m utils.plot FOLDER...       makes loss-plot.png and top1-acc.png again from each folder's log.jsonl
+    python -m utils.plot FOLDER                      # again, in the run's folder
+    python -m utils.plot FOLDER... --output DIR      # several runs in common figures
+
+Runs that differ in the seed alone are drawn as their mean, with a band of one standard deviation.
 """
 import os
+import re
+import statistics
+from typing import NamedTuple
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from utils import log
-from utils.augment import MEAN, STD
 from utils.cli import Parser
+from utils.published import KNN, LINEAR
+from utils.resume import PRETRAINING
+from utils.run import CONFIG
+from utils.style import COLORS, DASHES, FORMATS, GRAY, drawing, plain_numbers, printable
 
-BLUE, ORANGE, GRAY = "#0072b2", "#d55e00", "0.5"  # told apart with any color vision
+COLLAPSE_STD = 0.1  # below this, feature_std (healthy: about 1) means that the outputs are all but equal
+
+# The figures of a run, in the order of a report: name, what it is.
+TITLES = {
+    "loss-plot": "loss", "top1-acc": "top-1 accuracy", "std": "std·√d of the outputs", "learning-rate": "learning rate", "throughput": "throughput",
+}
 
 
-def curve(axes, records, key, label, color, **style):
-    """Draw records' values of `key` over the epochs, where they have it; returns whether there were any."""
-    points = [(record["epoch"], record[key]) for record in records if key in record]
-    if points:
-        axes.plot(*zip(*points), label=label, color=color, marker="o" if len(points) < 30 else None, markersize=3, **style)
-    return bool(points)
+class Line(NamedTuple):
+    """One run, or several that differ in the seed alone, in a figure."""
+
+    label: str
+    runs: list     # the log records of each
+    settings: dict
 
 
-def finish(figure, axes, folder, name, ylabel, **legend):
-    """Dress the axes and write the figure; legend: options of its place."""
-    axes.set_xlabel("epochs")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+# ---------------------------------------------------------------------------------------------------
+# Runs and their curves
+
+
+def read_settings(folder):
+    """The settings in a folder's config.json, or {} where there is none."""
+    path = os.path.join(folder, CONFIG)
+    return log.read_json(path)["settings"] if os.path.exists(path) else {}
+
+
+def read_lines(folders):
+    """The runs as Lines, by their recipes. Raises OSError and ValueError for a folder without a log."""
+    groups = {}
+    for folder in folders:
+        records, settings = log.read(folder), read_settings(folder)
+        recipe = tuple((name, settings.get(name)) for name in PRETRAINING.recipe if name != "seed")
+        is_pretraining = {"dim", "epochs"} <= settings.keys()
+        groups.setdefault(recipe if is_pretraining else folder, []).append((folder, records, settings))
+    lines = []
+    for runs in groups.values():
+        names = [printable(os.path.basename(os.path.abspath(folder))) for folder, _, _ in runs]
+        label = names[0]
+        if len(runs) > 1:
+            common = re.sub(r"[-_ ]*(seed)?[-_ ]*$", "", os.path.commonprefix(names)) or names[0]
+            seeds = {settings.get("seed") for _, _, settings in runs}
+            label = f"{common}, {len(runs)} {'seeds' if len(seeds) == len(runs) else 'runs'}"
+        lines.append(Line(label, [records for _, records, _ in runs], runs[0][2]))
+    return lines
+
+
+def spread(runs, key):
+    """Of the epochs in which all runs have `key`: the epochs, the mean over the runs, and their standard deviation
+    (zeros for one run), each a list."""
+    values = [{record["epoch"]: record[key] for record in records if record.get(key) is not None} for records in runs]
+    epochs = sorted(set.intersection(*map(set, values)))
+    columns = [[of_run[epoch] for of_run in values] for epoch in epochs]
+    return epochs, [statistics.fmean(column) for column in columns], [
+        statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns
+    ]
+
+
+def curve(axes, runs, key, label, color, dash, marker):
+    """Draw `key` over the epochs, with a band where there are several runs."""
+    epochs, means, deviations = spread(runs, key)
+    axes.plot(epochs, means, label=label, color=color, linestyle=dash, marker=marker if len(epochs) <= 30 else None)
+    if len(runs) > 1:
+        low, high = ([mean + sign * std for mean, std in zip(means, deviations)] for sign in (-1, 1))
+        axes.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
+
+
+def curves(axes, lines, keys):
+    """Draw the keys, a dict of their words, of all lines. A line by itself has a color and dashes for each key; several lines
+    have a color each, and dashes for their keys, or, with one key, for themselves."""
+    for i, line in enumerate(lines):
+        for j, (key, words) in enumerate(keys.items()):
+            alone, single = len(lines) == 1, len(keys) == 1
+            parts = [line.label] * (not alone) + [words] * (not single)
+            color, dash = j if alone else i, i if single and not alone else j
+            curve(axes, line.runs, key, ", ".join(parts) or None, COLORS[color % len(COLORS)], DASHES[dash % len(DASHES)], "os"[j % 2])
+
+
+def subtitle(lines):
+    """What all lines have in common, in words."""
+    parts = []
+    for name, words in (("arch", "{}"), ("width", "width {}"), ("dataset", "{}"), ("train_size", "{:,} pictures"), ("batch_size", "batch {}"), ("epochs", "{} epochs")):
+        values = {line.settings.get(name) for line in lines}
+        if len(values) == 1 and None not in values:
+            parts.append(words.format(*values))
+    return ", ".join(parts)
+
+
+def dress(axes, lines, title, ylabel):
+    """Titles and axes, and a legend where there are labels."""
+    title = title if len(lines) > 1 else f"{title}, {lines[0].label}"
+    axes.set_title(title, loc="left", pad=16)
+    axes.annotate(subtitle(lines), (0, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", color=GRAY, fontsize=7.5)
+    axes.set_xlabel("epoch")
     axes.set_ylabel(ylabel)
-    axes.grid(color="0.9")
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, **legend)
-    figure.savefig(os.path.join(folder, name), dpi=150)
+        if len(lines) == 1:
+            axes.legend()
+        else:  # below: there is no free corner
+            axes.figure.legend(loc="outside lower left")
+
+
+# ---------------------------------------------------------------------------------------------------
+# The figures
+
+
+def level(axes, y, words, dash=(0, (4, 3))):
+    """A labeled horizontal line across the axes."""
+    axes.axhline(y, color=GRAY, linewidth=0.9, linestyle=dash, zorder=1)
+    axes.annotate(words, (1, y), (0, 4), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", color=GRAY, fontsize=7.5)
+
+
+def apart(values, distance):
+    """Heights for labels at these values, moved as little as needed to be `distance` from each other: in the values' order."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    blocks = []  # of labels that touch: the indices, and the middle of them
+    for i in order:
+        blocks.append(([i], values[i]))
+        while len(blocks) > 1 and blocks[-1][1] - blocks[-2][1] < distance * (len(blocks[-1][0]) + len(blocks[-2][0])) / 2:
+            (first, a), (second, b) = blocks.pop(-2), blocks.pop()
+            joined = first + second
+            blocks.append((joined, (a * len(first) + b * len(second)) / len(joined)))
+    heights = [0.0] * len(values)
+    for members, middle in blocks:
+        for place, i in enumerate(members):
+            heights[i] = middle + distance * (place - (len(members) - 1) / 2)
+    return heights
+
+
+def mark_published(axes, points):
+    """Published end points as labeled marks: at the right edge, or where their epochs are if the axis reaches so far."""
+    low, high = axes.get_ylim()[0], 100
+    axes.set_ylim(low, high)
+    axes.set_xlim(*axes.get_xlim())  # the marks do not stretch it
+    end = axes.get_xlim()[1]
+    line = (high - low) / 20  # the height of a label
+    heights = apart([point.top1 for point in points], line)
+    for point, height in zip(points, heights):
+        reached = point.epochs <= end
+        words = f"{point.source}: {point.top1:g}" + ("" if point.epochs == 800 else f", {point.epochs} ep.")
+        axes.annotate(
+            words, (1, point.top1), (1.07, height), xycoords=("axes fraction", "data"), textcoords=("axes fraction", "data"),
+            va="center", fontsize=7, color="0.2", arrowprops={"arrowstyle": "-", "color": GRAY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0},
+            annotation_clip=False,
+        )
+        axes.plot([point.epochs if reached else end], [point.top1], "D", color="0.2", markersize=3.5, clip_on=False, zorder=3)
+    axes.text(1.07, max(heights) + line, "published, 800 epochs", transform=axes.get_yaxis_transform(), fontsize=7, color=GRAY, va="center")
+
+
+def plot_runs(folders, output, formats=FORMATS):
+    """Draw the figures of runs of main.py or main_lincls.py into the folder `output`; returns their names. Raises
+    OSError, and ValueError where a folder has no log."""
+    lines = read_lines(folders)
+    on_cifar10 = all(line.settings.get("dataset", "cifar10") == "cifar10" for line in lines)
+    linear = any("test_top1" in record for line in lines for records in line.runs for record in records)
+    drawn = []
+
+    def figure_of(name, keys, ylabel, finish=lambda axes: None):
+        keys = {
+            key: words for key, words in keys.items()
+            if any(record.get(key) is not None for line in lines for records in line.runs for record in records)
+        }
+        if not keys:
+            return
+        labels = len(lines) * len(keys) if len(lines) > 1 else 0
+        with drawing(output, name, height=3.0 + 0.16 * labels, formats=formats) as figure:
+            axes = figure.subplots()
+            curves(axes, lines, keys)
+            finish(axes)
+            dress(axes, lines, TITLES[name], ylabel)
+        drawn.append(name)
+
+    def finish_loss(axes):
+        axes.set_ylim(-1.03, max(0.02, axes.get_ylim()[1]))
+        level(axes, -1, "−1: all outputs agree", "-")
+
+    def finish_training_loss(axes):
+        values = [value for line in lines for value in axes.get_lines()[0].get_ydata()]
+        if min(values) > 0 and max(values) > 100 * min(values):
+            axes.set_yscale("log")
+            plain_numbers(axes.yaxis)
+
+    def finish_std(axes):
+        axes.set_ylim(0, max(1.15, axes.get_ylim()[1]))
+        level(axes, 1, "1: spread evenly over the sphere")
+        level(axes, COLLAPSE_STD, f"{COLLAPSE_STD}: below, collapse", "-")
+
+    def finish_speed(axes):
+        axes.set_ylim(0, None)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+    def finish_accuracy(axes):
+        if on_cifar10:
+            mark_published(axes, LINEAR if linear else KNN)
+
+    if linear:
+        figure_of("loss-plot", {"train_loss": "training loss"}, "cross-entropy", finish_training_loss)
+        figure_of("top1-acc", {"test_top1": "test", "train_top1": "training batches"}, "linear top-1 (%)", finish_accuracy)
+    else:
+        figure_of("loss-plot", {"loss": "loss"}, "negative cosine similarity", finish_loss)
+        figure_of("top1-acc", {"knn200": "k = 200", "knn1": "k = 1"}, "kNN top-1 (%)", finish_accuracy)
+        figure_of("std", {"std": "std·√d"}, "std of l2-normalized z, × √d", finish_std)
+        figure_of("throughput", {"views_per_s": "views/s"}, "views/s", finish_speed)
+    figure_of("learning-rate", {"lr": "rate"}, "learning rate")
+    return drawn
 
 
 def plot_run(folder):
-    """Make loss-plot.png and top1-acc.png in the folder of a run of main.py or main_lincls.py."""
-    records = log.read(folder)
-    # A folder's name may hold bytes that are no text, and dollar signs that are no formula.
-    title = os.path.basename(os.path.abspath(folder)).encode(errors="backslashreplace").decode()
-
-    figure = Figure(figsize=(5, 3.5), layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(title, fontsize="medium", parse_math=False)
-    curve(axes, records, "loss", "loss", BLUE)
-    curve(axes, records, "train_loss", "training loss", BLUE)
-    legend = {}
-    if curve(axes, records, "std", "std·√d of z (0: collapsed)", ORANGE, linestyle="--"):
-        axes.set_ylim(-1.05, 1.25)
-        axes.axhline(0, color=GRAY, linewidth=0.8)
-        legend = {"loc": "center right", "bbox_to_anchor": (1, 0.36)}  # below 0 and above a healthy run's loss
-    finish(figure, axes, folder, "loss-plot.png", "", **legend)
-
-    figure = Figure(figsize=(5, 3.5), layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(title, fontsize="medium", parse_math=False)
-    curve(axes, records, "knn200", "kNN, k = 200", BLUE)
-    curve(axes, records, "knn1", "kNN, k = 1", ORANGE, linestyle="--")
-    curve(axes, records, "test_top1", "linear, test", BLUE)
-    curve(axes, records, "train_top1", "linear, training batches", GRAY, linestyle="--")
-    finish(figure, axes, folder, "top1-acc.png", "top-1 accuracy (%)")
-
-
-def plot_confusion(folder, confusion, classes):
-    """Make confusion.png: which classes are taken for which.
-
-    confusion: counts [C, C], true classes in rows; classes: their names.
-    """
-    shares = (100 * confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
-    count = len(classes)
-    figure = Figure(figsize=(5.5, 5) if count <= 20 else (8, 7.5), layout="constrained")
-    axes = figure.subplots()
-    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-    if count <= 20:
-        axes.set_xticks(range(count), classes, rotation=45, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(count), classes)
-        for row in range(count):
-            for column in range(count):
-                color = "white" if shares[row, column] > 55 else "black"
-                axes.text(column, row, f"{shares[row, column]:.0f}", ha="center", va="center", color=color, fontsize="small")
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
-    figure.colorbar(picture, label="% of the true class", shrink=0.8)
-    figure.savefig(os.path.join(folder, "confusion.png"), dpi=150)
-
-
-def plot_views(folder, images, views1, views2):
-    """Make views.png: a column for each picture, its two views below it.
-
-    images: uint8 [B, 3, H, W]; views1, views2: normalized views float [B, 3, 32, 32] of them.
-    """
-    def to_pixels(views):
-        mean, std = views.new_tensor(MEAN).view(3, 1, 1), views.new_tensor(STD).view(3, 1, 1)
-        return (views * std + mean).clamp(0, 1)
-
-    figure = Figure(figsize=(len(images), 3.2), layout="constrained")
-    grid = figure.subplots(3, len(images), squeeze=False)
-    for row, (name, batch) in enumerate((("picture", images / 255), ("view 1", to_pixels(views1)), ("view 2", to_pixels(views2)))):
-        for column, pixels in enumerate(batch.permute(0, 2, 3, 1).cpu().numpy()):
-            axes = grid[row, column]
-            axes.imshow(pixels)
-            axes.set(xticks=[], yticks=[])
-        grid[row, 0].set_ylabel(name)
-    figure.savefig(os.path.join(folder, "views.png"), dpi=120)
+    """`plot_runs` of one run, in its own folder."""
+    return plot_runs([folder], folder)
 
 
 def main(argv=None):
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    with parser.user_errors():
+        if args.output is None and len(args.folders) > 1:
+            raise ValueError("several runs in common figures need --output DIR")
+        output = args.folders[0] if args.output is None else args.output
+        os.makedirs(output, exist_ok=True)
+        names = plot_runs(args.folders, output, args.format)
+        print(f"{output}: {', '.join(f'{name}.{ending}' for name in names for ending in args.format)}")
+
+
+def make_parser():
     parser = Parser(prog="python -m utils.plot", description=__doc__)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a run's folder, with its log.jsonl")
-    folders = parser.parse_args(argv).folders
-    for folder in folders:
-        with parser.user_errors():
-            plot_run(folder)
+    parser.add_argument("--output", metavar="DIR", help="where the figures go (default: the folder of the one run)")
+    parser.add_argument("--format", nargs="+", choices=("png", "svg", "pdf"), default=list(FORMATS), help="of the files")
+    return parser
 
 
 if __name__ == "__main__":

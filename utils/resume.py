@@ -39,7 +39,7 @@ EVALUATION = Script(
     ),
     {CONFIG, log.LOG},
 )
-NOT_KEPT = ("gpu", "resume", "max_minutes")  # settings of a process, not of the run
+NOT_KEPT = ("gpu", "resume", "max_minutes", "quiet")  # settings of a process, not of the run
 
 
 def newest_run(script, exp_dir):

@@ -4,16 +4,19 @@ import os
 import platform
 import subprocess
 import sys
+import time
 
 import numpy
 import torch
 import torchvision
 
 from utils import checkpoint, log
+from utils.board import Board
 from utils.cli import warn
 from utils.device import describe
 
-CHECKPOINT, BACKBONE, CONFIG = "checkpoint.pt", "backbone.pt", "config.json"
+CHECKPOINT, BACKBONE, CONFIG, UNTRAINED = "checkpoint.pt", "backbone.pt", "config.json", "untrained.pt"
+DRAWING_SHARE = 0.01
 EVALUATION_CHECKPOINT, RESULTS = "evaluation.pt", "results.json"  # what main_lincls.py resumes from, and its results
 
 
@@ -98,12 +101,14 @@ class RunWriter:
 
     What cannot be written is warned of and the run goes on; the next occasion tries again. `unsaved` says why
     the newest log line or weights are not on the disk, None if they are; `saved_epoch` is the epoch of the last
-    checkpoint that is.
+    checkpoint that is. board: whether to write for TensorBoard too.
     """
 
-    def __init__(self, folder, saved_epoch=None):
+    def __init__(self, folder, saved_epoch=None, board=False):
         self.folder, self.lock = folder, lock(folder)
         self.lines, self.unsaved, self.saved_epoch = [], None, saved_epoch
+        self.begin, self.drawing_seconds = time.monotonic(), 0.0
+        self.board = Board(folder, saved_epoch) if board else None
 
     def path(self, name):
         return os.path.join(self.folder, name)
@@ -131,6 +136,16 @@ class RunWriter:
         """Append a line to log.jsonl, and those before that could not be written."""
         self.lines.append(record)
         self.attempt(self.write_log)
+        self.show(Board.scalars, record)
+
+    def show(self, add, *args):
+        """Call add(board, *args) if there is one; a run does not fail for want of it."""
+        if self.board is not None:
+            try:
+                add(self.board, *args)
+            except OSError as error:
+                warn(f"{self.folder}: nothing more for TensorBoard ({error})")
+                self.board = None
 
     def write(self, files, epoch):
         """Write `files`, states by their names in the folder, in this order, or raise OSError. The last one is what a
@@ -146,7 +161,14 @@ class RunWriter:
 
     def draw(self, plot, *args):
         """Call plot(folder, *args), which makes figures; a run does not fail for want of them."""
+        begin = time.monotonic()
         try:
             plot(self.folder, *args)
         except (OSError, ValueError) as error:
             warn(f"{self.folder}: no figures ({error})")
+        self.show(Board.figures)
+        self.drawing_seconds += time.monotonic() - begin
+
+    def may_draw(self):
+        """Whether it is time for figures: those so far have taken less than DRAWING_SHARE of the time."""
+        return self.drawing_seconds < DRAWING_SHARE * (time.monotonic() - self.begin)

@@ -1,0 +1,259 @@
+"""report.html: a run on one page that needs nothing beside it: results, figures, commands, settings.
+
+    python -m utils.report FOLDER...        # again, with the figures of the log, in each run's folder
+"""
+import base64
+import datetime
+import html
+import os
+import shlex
+import statistics
+
+from utils import checkpoint, log, plot
+from utils.cli import Parser
+from utils.run import BACKBONE, CONFIG, EVALUATION_CHECKPOINT, RESULTS
+from utils.style import printable
+
+REPORT, FEATURES = "report.html", "features.json"
+RELOAD = 20  # seconds, while the run goes on
+
+# In this order, with these words under them, as far as the folder has them; svg where it is drawn, png where it is pictures.
+FIGURES = (
+    ("loss-plot.svg", "The loss. Near −1 with std·√d near 0 is a collapse and not a success."),
+    ("top1-acc.svg", "Top-1 accuracy on the test pictures. The marks are published end points of full-size runs; their protocols differ."),
+    ("std.svg", "std·√d of the l2-normalized outputs z: near 1 where they spread over all directions, 0 where they are all one."),
+    ("throughput.svg", "Views that were trained on in a second."),
+    ("learning-rate.svg", "The learning rate of each epoch."),
+    ("views.png", "Pictures with the outlines of both crops, and the two views of each, with what was drawn for them: crop (height × width at row, column), flip, color jitter in its order, gray."),
+    ("confusion.svg", "Which classes the linear classifier takes for which."),
+    ("neighbors.png", "Test pictures and their nearest training pictures by the cosine similarity of features. Dashed: of another class, which is named."),
+    ("map-pca.png", "The test features by their principal components; the names are at the medians of their classes."),
+    ("map-tsne.png", "The test features by t-SNE: nearby points are neighbors; distances between groups mean nothing."),
+    ("knn-confusion.svg", "Which classes kNN takes for which."),
+    ("spectrum.svg", "How the features' variance spreads over dimensions. A spectrum that breaks off is a dimensional collapse."),
+    ("distances.svg", "Distances of the features of two views of a picture, and of two pictures: the first are to be small and the second large."),
+)
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: .2rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc; }
+table { border-collapse: collapse; margin: .8rem 0; } th, td { padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #e5e5e5; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; } caption { text-align: left; color: #555; font-size: .9rem; }
+pre { background: #f4f4f4; padding: .7rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; } code { font-size: .9em; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1.2rem; }
+figure { margin: 0; } figure.wide { grid-column: 1 / -1; } img { width: 100%; height: auto; } figcaption { font-size: .85rem; color: #555; }
+.status { color: #555; margin-top: 0; } .settings td { overflow-wrap: anywhere; font-size: .9rem; }
+@media print { body { max-width: none; margin: 0; } figure, table { break-inside: avoid; } }
+"""
+MIME = {"svg": "image/svg+xml", "png": "image/png"}
+WIDE = {"views.png", "neighbors.png"}
+
+
+def text(value):
+    """A value as HTML text."""
+    return html.escape(printable(str(value)) if not isinstance(value, str) else value.encode(errors="backslashreplace").decode())
+
+
+def number(value, form):
+    return "–" if value is None else f"{value:{form}}".replace("-", "−")
+
+
+def table(head, rows, caption="", numbers_from=1):
+    """A table; from the column `numbers_from` on the cells stand to the right."""
+    def cells(row, tag):
+        return "".join(
+            f"<{tag}{' class=number' if i >= numbers_from else ''}>{text(cell)}</{tag}>" for i, cell in enumerate(row)
+        )
+
+    return (
+        "<table>" + (f"<caption>{text(caption)}</caption>" if caption else "") + (f"<thead><tr>{cells(head, 'th')}</tr></thead>" if head else "")
+        + "<tbody>" + "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows) + "</tbody></table>"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# What a run has come to
+
+
+def pretraining_results(records, settings):
+    """The epochs that were measured, and what the run took."""
+    measured = [record for record in records if record.get("knn200") is not None or record is records[-1]]
+    rows = [
+        (f"{record['epoch']}{' (untrained)' if record['epoch'] == 0 else ''}", number(record.get("loss"), ".4f"), number(record.get("std"), ".3f"),
+         number(record.get("knn1"), ".2f"), number(record.get("knn200"), ".2f"))
+        for record in thinned(measured)
+    ]
+    trained = [record for record in records if record.get("seconds")]
+    facts = ""
+    if trained:
+        minutes = sum(record["seconds"] for record in trained) / 60
+        speed = statistics.median(record["views_per_s"] for record in trained)
+        facts = f"<p>{minutes:,.1f} minutes of training, without kNN; median {speed:,.0f} views/s.</p>"
+    return table(
+        ("after epoch", "loss", "std·√d", "kNN k = 1 (%)", "kNN k = 200 (%)"), rows,
+        f"kNN on {settings.get('test_size') or 'all'} test pictures, the training pictures in use as the bank. The last row is the result.",
+    ) + facts
+
+
+def thinned(rows, most=12):
+    """At most so many of the rows, evenly, with the first and the last."""
+    if len(rows) <= most:
+        return rows
+    return [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]
+
+
+def linear_results(records, results):
+    """The last epoch, the best beside it, and the classes."""
+    last = records[-1]
+    rows = [(f"top-1, last epoch ({last['epoch']})" + (" so far" if results is None else ""), f"{last['test_top1']:.2f}" + (f" ± {last['test_top1_std']:.2f}" if "test_top1_std" in last else ""))]
+    if "test_top5" in last:
+        rows.append((f"top-5, last epoch ({last['epoch']})", f"{last['test_top5']:.2f}"))
+    best = max(records, key=lambda record: record["test_top1"])
+    rows.append((f"top-1, best epoch ({best['epoch']}): chosen on the test pictures and so not the result", f"{best['test_top1']:.2f}"))
+    page = table(("linear classifier", "%"), rows, f"{results['pictures']:,} test pictures" if results else "")
+    if results:
+        page += table(("class", "top-1 (%)"), [(name, number(value, ".1f")) for name, value in results["class_top1"].items()])
+    return page
+
+
+def feature_results(path):
+    """The numbers of visualize.py."""
+    numbers = log.read_json(path)
+    networks = {name: of_one for name, of_one in numbers.items() if isinstance(of_one, dict)}
+    rows = [
+        (name, number(of_one["alignment"], ".3f"), number(of_one["uniformity"], ".2f"), f"{of_one['effective_rank']:.1f} of {of_one['feature_dim']}")
+        for name, of_one in networks.items()
+    ]
+    return table(
+        ("features", "alignment", "uniformity", "effective rank"), rows,
+        "Alignment: mean squared distance of two views' l2-normalized features. Uniformity: log of the mean of exp(−2 d²) over all pairs of "
+        "test pictures. Both are better the smaller they are. Effective rank: exp of the entropy of the covariance's eigenvalues.",
+    )
+
+
+def evaluation_command(settings, folder, on_cpu):
+    """What to type to evaluate a run of main.py linearly."""
+    words = ["python", "main_lincls.py", "--arch", settings["arch"], "--pretrained", os.path.join(folder, BACKBONE)]
+    if on_cpu:
+        words += ["--features", "cached"]
+    words += [settings["data_root"]] if settings["dataset"] == "cifar10" else ["--dataset", settings["dataset"], settings["data_root"]]
+    return shlex.join(words)
+
+
+def commands(config, folder, linear):
+    """What makes the run again, and what follows."""
+    script, *args = config["argv"]
+    lines = [shlex.join(["python", os.path.basename(script), *args])]
+    if config["commit"]:
+        lines.insert(0, f"git checkout {config['commit'].removesuffix('-dirty')}" + ("    # and changes that were not committed" if config["commit"].endswith("-dirty") else ""))
+    settings = config["settings"]
+    if not linear:
+        lines.append(evaluation_command(settings, folder, config["device"].startswith("CPU")))
+        lines.append(shlex.join(["python", "visualize.py", "--pretrained", folder, settings["data_root"]]))
+    return "\n".join(lines)
+
+
+def state_of(records, config, folder, running):
+    """Where the run stands, in words."""
+    epochs = config["settings"].get("epochs")
+    last = records[-1]["epoch"] if records else 0
+    if running:
+        return f"Running: {last} of {epochs} epochs done."
+    if last == epochs:
+        return f"Finished: {epochs} epochs."
+    script = "main_lincls.py" if os.path.exists(os.path.join(folder, EVALUATION_CHECKPOINT)) else "main.py"
+    name = EVALUATION_CHECKPOINT if script == "main_lincls.py" else "checkpoint.pt"
+    return f"Stopped: {last} of {epochs} epochs done. To go on: python {script} --resume {shlex.quote(os.path.join(folder, name))}"
+
+
+# ---------------------------------------------------------------------------------------------------
+# The page
+
+
+def figures(folder):
+    parts = []
+    for name, words in FIGURES:
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            with open(path, "rb") as file:
+                content = base64.b64encode(file.read()).decode()
+            wide = " class=wide" if name in WIDE else ""
+            parts.append(f'<figure{wide}><img alt="{text(words)}" src="data:{MIME[name[-3:]]};base64,{content}"><figcaption>{text(words)}</figcaption></figure>')
+    return f"<div class=figures>{''.join(parts)}</div>"
+
+
+def write_report(folder, running=False):
+    """Write report.html in the folder of a run of main.py or main_lincls.py from what is in it. running: whether the page is to
+    load itself again and again. Raises OSError, and ValueError where config.json is none."""
+    config = log.read_json(os.path.join(folder, CONFIG))
+    records = log.read(folder, empty=True)
+    path = os.path.join(folder, RESULTS)
+    results = log.read_json(path) if os.path.exists(path) else None
+    settings = config["settings"]
+    linear = "pretrained" in settings
+    name = os.path.basename(os.path.abspath(folder))
+    now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+    if not records and results is None:
+        outcome = "<p>No epoch is done yet.</p>"
+    elif linear:
+        outcome = linear_results(records or [{**results, "epoch": 0}], results)
+    else:
+        outcome = pretraining_results(records, settings)
+    path = os.path.join(folder, FEATURES)
+    if os.path.exists(path):
+        outcome += feature_results(path)
+    what = "Linear evaluation" if linear else "Pre-training"
+    environment = {"device": config["device"], "commit": config["commit"], **config["versions"]}
+    page = f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+{f'<meta http-equiv="refresh" content="{RELOAD}">' if running else ''}
+<link rel="icon" href="data:,">
+<title>{text(name)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<main>
+<h1>{text(name)}</h1>
+<p class="status">{what} by SimSiam, {text(settings['arch'])}, {text(settings['dataset'])}, {text(config['device'])}. {text(state_of(records, config, folder, running))} Written {now}{f'; this page loads itself again every {RELOAD} seconds' if running else ''}.</p>
+<h2>Results</h2>
+{outcome}
+<h2>Figures</h2>
+{figures(folder)}
+<h2>Commands</h2>
+<pre><code>{text(commands(config, folder, linear))}</code></pre>
+<h2>Settings</h2>
+<div class="settings">{table((), [(key, '–' if value is None else shlex.join(map(str, value)) if isinstance(value, list) else value) for key, value in settings.items()], numbers_from=9)}</div>
+<h2>Environment</h2>
+<div class="settings">{table((), [(key, '–' if value is None else value) for key, value in environment.items()], numbers_from=9)}</div>
+</main>
+</body>
+</html>
+"""
+    checkpoint.write(os.path.join(folder, REPORT), page.encode(errors="backslashreplace"))
+
+
+def draw_run(folder, running=False):
+    """The figures of the log, as far as there is one, and the report."""
+    if log.read(folder, empty=True):
+        plot.plot_run(folder)
+    write_report(folder, running)
+
+
+def make_parser():
+    parser = Parser(prog="python -m utils.report", description=__doc__)
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a run's folder")
+    return parser
+
+
+def main(argv=None):
+    parser = make_parser()
+    for folder in parser.parse_args(argv).folders:
+        with parser.user_errors():
+            draw_run(folder)
+            print(os.path.join(folder, REPORT))
+
+
+if __name__ == "__main__":
+    main()
