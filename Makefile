@@ -33,7 +33,9 @@ test: $(INSTALLED)
 FIGURES := $(shell mktemp -du)
 figures: $(INSTALLED)
 	$(RUN) -m utils.plot logs/cifar10-w16-24ep --output $(FIGURES)/run --format png
-	$(RUN) -m utils.plot logs/cifar10-5000-w16-b64-30ep-seed* --output $(FIGURES)/seeds --format png
+	$(RUN) -m utils.plot logs/cifar10-5000-w16-20ep-seed* logs/cifar10-5000-w16-b64-30ep-seed* --output $(FIGURES)/seeds --format png
+	$(RUN) -m utils.plot logs/cifar10-w16-12ep-linear-lbfgs --output $(FIGURES)/linear --format png
+	cp $(FIGURES)/linear/confusion.png imgs/
 	cp $(FIGURES)/run/loss-plot.png $(FIGURES)/run/top1-acc.png imgs/
 	cp $(FIGURES)/seeds/std.png imgs/seeds-std.png
 	cp $(FIGURES)/seeds/top1-acc.png imgs/seeds-top1-acc.png

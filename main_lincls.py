@@ -34,7 +34,6 @@ from utils.data import DATASETS, balanced_subset, load_dataset
 from utils.device import autocast, describe, select_device, select_precision
 from utils.features import extract_features, feature_batches, make_augmented_features
 from utils.metrics import class_accuracies, confusion_matrix, top_k
-from utils.plot_features import plot_confusion
 from utils.progress import Progress, say, set_quiet
 from utils.report import REPORT, draw_run
 from utils.resume import EVALUATION, FORMAT, check_unchanged, find_resumed, machine, restore, resumed_settings, warn_if_elsewhere
@@ -311,7 +310,6 @@ def report(args, data, heads, records, confusion, writer):
             weights = {key: value.cpu() for key, value in head.classifier.state_dict().items()}
             writer.attempt(checkpoint.save, writer.path(name), weights)
             unsaved.append(writer.unsaved)
-    writer.draw(plot_confusion, confusion, data.classes)
     writer.attempt(log.write_json, writer.path(RESULTS), results)  # last: with it the evaluation is done
     writer.draw(draw_run)
     say(f"figures and all else on one page: {writer.path(REPORT)}")

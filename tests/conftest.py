@@ -52,7 +52,7 @@ def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-DRAWING = ("plot_views", "write_report", "draw_run", "plot_confusion")  # takes seconds a run, and has tests of its own
+DRAWING = ("plot_views", "write_report", "draw_run")  # takes seconds a run, and has tests of its own
 
 
 @pytest.fixture

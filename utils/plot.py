@@ -10,13 +10,15 @@ import re
 import statistics
 from typing import NamedTuple
 
+import torch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from utils import log
 from utils.cli import Parser
+from utils.plot_features import plot_confusion
 from utils.published import KNN, LINEAR
 from utils.resume import PRETRAINING
-from utils.run import CONFIG
+from utils.run import CONFIG, RESULTS
 from utils.style import COLORS, DASHES, FORMATS, GRAY, drawing, plain_numbers, printable
 
 COLLAPSE_STD = 0.1  # below this, feature_std (healthy: about 1) means that the outputs are all but equal
@@ -148,21 +150,24 @@ def apart(values, distance):
     return heights
 
 
-def mark_published(axes, points):
-    """Published end points as labeled marks: at the right edge, or where their epochs are if the axis reaches so far."""
+def mark_published(axes, points, by_epochs):
+    """Published end points as labeled marks at the right edge, or, by_epochs, where their epochs of pre-training are if the axis
+    reaches so far."""
     low, high = axes.get_ylim()[0], 100
     axes.set_ylim(low, high)
     axes.set_xlim(*axes.get_xlim())  # the marks do not stretch it
     end = axes.get_xlim()[1]
     line = (high - low) / 20  # the height of a label
     heights = apart([point.top1 for point in points], line)
+    lower = max(0, max(heights) + 1.5 * line - high)  # to keep clear of what is above the axes
+    heights = [height - lower for height in heights]
     for point, height in zip(points, heights):
-        reached = point.epochs <= end
+        reached = by_epochs and point.epochs <= end
         words = f"{point.source}: {point.top1:g}" + ("" if point.epochs == 800 else f", {point.epochs} ep.")
         axes.annotate(
             words, (1, point.top1), (1.07, height), xycoords=("axes fraction", "data"), textcoords=("axes fraction", "data"),
-            va="center", fontsize=7, color="0.2", arrowprops={"arrowstyle": "-", "color": GRAY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0},
-            annotation_clip=False,
+            va="center", fontsize=7, color="0.2", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": GRAY, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5), "patchA": None},
         )
         axes.plot([point.epochs if reached else end], [point.top1], "D", color="0.2", markersize=3.5, clip_on=False, zorder=3)
     axes.text(1.07, max(heights) + line, "published, 800 epochs", transform=axes.get_yaxis_transform(), fontsize=7, color=GRAY, va="center")
@@ -212,7 +217,7 @@ def plot_runs(folders, output, formats=FORMATS):
 
     def finish_accuracy(axes):
         if on_cifar10:
-            mark_published(axes, LINEAR if linear else KNN)
+            mark_published(axes, LINEAR if linear else KNN, not linear)
 
     if linear:
         figure_of("loss-plot", {"train_loss": "training loss"}, "cross-entropy", finish_training_loss)
@@ -226,9 +231,21 @@ def plot_runs(folders, output, formats=FORMATS):
     return drawn
 
 
+def plot_results(folder, output, formats=FORMATS):
+    """Draw the confusion of classes of a folder's results.json, if it has one, into `output`; returns the figures' names."""
+    path = os.path.join(folder, RESULTS)
+    if not os.path.exists(path):
+        return []
+    results = log.read_json(path)
+    plot_confusion(output, torch.tensor(results["confusion"]), list(results["class_top1"]), formats=formats)
+    return ["confusion"]
+
+
 def plot_run(folder):
-    """`plot_runs` of one run, in its own folder."""
-    return plot_runs([folder], folder)
+    """All figures of one run, in its own folder."""
+    if log.read(folder, empty=True):
+        plot_runs([folder], folder)
+    plot_results(folder, folder)
 
 
 def main(argv=None):
@@ -240,6 +257,8 @@ def main(argv=None):
         output = args.folders[0] if args.output is None else args.output
         os.makedirs(output, exist_ok=True)
         names = plot_runs(args.folders, output, args.format)
+        if len(args.folders) == 1:
+            names += plot_results(args.folders[0], output, args.format)
         print(f"{output}: {', '.join(f'{name}.{ending}' for name in names for ending in args.format)}")
 
 

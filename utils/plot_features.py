@@ -4,9 +4,9 @@ from matplotlib import colormaps
 from matplotlib.colors import to_rgba_array
 from matplotlib.lines import Line2D
 
-from utils.style import COLORS, DASHES, GRAY, drawing, plain_numbers
+from utils.style import COLORS, DASHES, FORMATS, GRAY, drawing, plain_numbers
 
-QUERIES, NEIGHBORS = 12, 8          # of the gallery
+QUERIES, NEIGHBORS = 12, 6          # of the gallery
 CLASS_NUMBER_LIMIT = 20             # with more classes there is no room for their names
 DISTANCE_BINS = numpy.linspace(0, 2, 81)
 CLASS_COLORS = (  # Paul Tol's muted scheme, for any color vision
@@ -19,10 +19,10 @@ def plot_neighbors(folder, queries, query_labels, neighbors, neighbor_labels, si
     uint8 [Q, K, 3, H, W], their cosine similarities [Q, K] and, where they are of another class, its name."""
     count, k = len(queries), neighbors.shape[1]
     rows = (count + 1) // 2  # in two halves, side by side
-    side, words, gap, left = 0.42, 0.17, 0.06, 0.68
+    side, words, gap, left = 0.42, 0.17, 0.08, 0.68
     half = left + (k + 1) * (side + gap) + 0.17
     width, height = 2 * half, rows * (side + words) + 0.1
-    with drawing(folder, "neighbors", width, height, layout=None) as figure:
+    with drawing(folder, "neighbors", width, height, layout=None, dpi=150) as figure:
         for i in range(count):
             x0, y0 = (i // rows) * half + left, height - 0.05 - (i % rows) * (side + words) - side
             figure.text((x0 - 0.05) / width, (y0 + side / 2) / height, short(classes[query_labels[i]]), ha="right", va="center", fontsize=7)
@@ -38,7 +38,7 @@ def plot_neighbors(folder, queries, query_labels, neighbors, neighbor_labels, si
                 words_under = f"{similarities[i, j - 1]:.2f}" if same else short(classes[neighbor_labels[i, j - 1]])
                 axes.annotate(
                     words_under, (0.5, 0), (0, -2), xycoords="axes fraction", textcoords="offset points", ha="center", va="top",
-                    fontsize=6, color="0.2" if same else COLORS[1],
+                    fontsize=6.5, color="0.2" if same else COLORS[1],
                 )
 
 
@@ -96,15 +96,15 @@ def unstacked(centers, size):
     return places
 
 
-def plot_confusion(folder, confusion, classes, name="confusion"):
-    """Make NAME.png and .svg: which classes are taken for which.
+def plot_confusion(folder, confusion, classes, name="confusion", formats=FORMATS):
+    """Make NAME.png and so on: which classes are taken for which.
 
     confusion: counts int64 [C, C], true classes in rows; classes: their names.
     """
     shares = (100 * confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
     count = len(classes)
     named = count <= CLASS_NUMBER_LIMIT
-    with drawing(folder, name, *((4.6, 4.2) if named else (6.0, 5.4))) as figure:
+    with drawing(folder, name, *((4.6, 4.2) if named else (6.0, 5.4)), formats=formats) as figure:
         axes = figure.subplots()
         picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
         axes.grid(False)

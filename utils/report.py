@@ -235,9 +235,8 @@ def write_report(folder, running=False):
 
 
 def draw_run(folder, running=False):
-    """The figures of the log, as far as there is one, and the report."""
-    if log.read(folder, empty=True):
-        plot.plot_run(folder)
+    """The figures of a run, as far as it has come, and the report."""
+    plot.plot_run(folder)
     write_report(folder, running)
 
 

@@ -22,7 +22,7 @@ STYLE = {
 
 
 @contextmanager
-def drawing(folder, name, width=4.2, height=3.0, formats=FORMATS, layout="constrained"):
+def drawing(folder, name, width=4.2, height=3.0, formats=FORMATS, layout="constrained", dpi=DPI):
     """A figure of the style to draw into, width and height in inches, which is then written as folder/name in these
     formats. layout: None where its axes have places of their own. Raises OSError where it cannot be written."""
     with style.context(["default", STYLE]), warnings.catch_warnings():
@@ -31,7 +31,7 @@ def drawing(folder, name, width=4.2, height=3.0, formats=FORMATS, layout="constr
         yield figure
         for ending in formats:
             stamp = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[ending]
-            figure.savefig(os.path.join(folder, f"{name}.{ending}"), dpi=DPI, metadata=stamp)
+            figure.savefig(os.path.join(folder, f"{name}.{ending}"), dpi=dpi, metadata=stamp)
             figure.set_layout_engine("none")  # it is laid out
 
 
