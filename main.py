@@ -30,7 +30,7 @@ from utils.graph import GraphedStep, set_rate
 from utils.knn import knn_accuracy
 from utils.plot import COLLAPSE_STD
 from utils.plot_views import plot_views
-from utils.progress import Progress, say, set_quiet
+from utils.progress import Progress, say, set_quiet, tell
 from utils.report import REPORT, draw_run, evaluation_command, write_report
 from utils.resume import FORMAT, PRETRAINING, check_unchanged, find_resumed, machine, restore, resumed_settings, warn_if_elsewhere
 from utils.run import BACKBONE, CHECKPOINT, UNTRAINED, RunWriter, new_run_folder, write_config
@@ -196,7 +196,7 @@ def pretrain(args, device, data, model, optimizer, scaler, writer, state, stop):
         shown = slice(0, 8)
         pictures, draws = next(batches(data.train_images, order[shown], len(order[shown]), device)), [views.rows(shown) for views in draws]
         writer.draw(plot_views, pictures, *apply_two_views(pictures, *draws), *draws)
-        writer.draw(write_report, True)
+        writer.show_progress(write_report, write_report)
         if args.untrained:
             writer.attempt(checkpoint.save, writer.path(UNTRAINED), backbone_state(model))
             with stop.at_once():
@@ -204,7 +204,9 @@ def pretrain(args, device, data, model, optimizer, scaler, writer, state, stop):
                 writer.log({"epoch": 0, "knn1": knn1, "knn200": knn200})
                 say(f"untrained: kNN k=1 {knn1:.2f} %, k=200 {knn200:.2f} %")
 
-    collapsed, knn = 0, ""  # epochs in a row; the newest kNN, in words
+    collapsed = 0  # epochs in a row
+    value, _ = log.last(writer.read_log(), "knn200")
+    knn = "" if value is None else f"kNN {value:.1f} %, "  # the newest
     with Progress(args.epochs, state["epoch"] + state["step"] / steps) as progress:
         for epoch in range(state["epoch"], args.epochs):
             rate = cosine_rate(args.learning_rate, epoch, args.epochs)
@@ -265,13 +267,15 @@ def pretrain(args, device, data, model, optimizer, scaler, writer, state, stop):
                 if not is_finite(model):
                     return give_up(args, writer, epoch, step - 1, steps, "after it a weight is not a finite number")
                 writer.save(run_files(args, device, state, model, optimizer, scaler), state["epoch"])
-            if stopped or finished or writer.may_draw():
-                writer.draw(draw_run, not (stopped or finished))
+            if stopped or finished:
+                writer.draw(draw_run)
+            else:
+                writer.show_progress(draw_run, write_report)
             if (stopped or finished) and writer.unsaved is not None:
                 complain(f"main.py: error: {writer.unsaved}; what came after epoch {writer.saved_epoch} is lost")
                 return 1
             if stopped and not finished:
-                say(f"stopped in epoch {epoch + 1}; to go on: python main.py --resume {shlex.quote(writer.path(CHECKPOINT))}")
+                tell(f"stopped in epoch {epoch + 1}; to go on: python main.py --resume {shlex.quote(writer.path(CHECKPOINT))}")
                 return stop.exit_code
     return 0
 
@@ -294,14 +298,14 @@ def run_files(args, device, state, model, optimizer, scaler):
 
 def give_up(args, writer, epoch, step, steps, what):
     """Say that training has diverged in a step, counted from 0. Returns the exit code."""
+    what = f"epoch {epoch + 1}, step {step + 1} of {steps}: {what}"
     lower = f"--learning_rate ({args.learning_rate:g})"
     if args.precision != "fp32":
         lower += f", or take more than --precision {args.precision}"
     complain(
-        f"main.py: error: epoch {epoch + 1}, step {step + 1} of {steps}: {what}; "
-        f"{writer.path(CHECKPOINT)} is kept as of epoch {writer.saved_epoch}; start a new run with a lower {lower}"
+        f"main.py: error: {what}; {writer.path(CHECKPOINT)} is kept as of epoch {writer.saved_epoch}; start a new run with a lower {lower}"
     )
-    writer.draw(draw_run)
+    writer.draw(draw_run, f"Ended in {what}. Start a new run with a lower {lower}.")
     return 1
 
 
@@ -345,10 +349,10 @@ def main(argv=None):
         if state is not None:
             args = resumed_settings(PRETRAINING, parser, argv, state["config"])
             if state["epoch"] >= args.epochs:
-                say(f"{folder}: already done, epoch {state['epoch']} of {args.epochs}")
+                tell(f"{folder}: already done, epoch {state['epoch']} of {args.epochs}")
                 return 0
         elif args.resume is not None:
-            say(f"nothing to resume in {args.exp_dir}: a new run")
+            tell(f"nothing to resume in {args.exp_dir}: a new run")
         device = select_device(args.gpu)
         args.precision = select_precision(args.precision, device)
         if args.cuda_graph and (device.type != "cuda" or args.precision == "fp16"):
@@ -387,9 +391,10 @@ def main(argv=None):
     except (MemoryError, torch.OutOfMemoryError) as error:
         reason = str(error).split(". ")[0]
         complain(f"main.py: error: out of memory ({reason}); lower --batch_size or --width")
+        writer.draw(draw_run, f"Ended out of memory ({reason}).")
         return 1
     if code == 0 and stop.signal is None:
-        print(f"{writer.folder}: {outcome(writer.folder)}")
+        tell(f"{writer.folder}: {outcome(writer.folder)}")
         say(f"figures and all else on one page: {writer.path(REPORT)}")
         say(f"done; next: {evaluation_command(vars(args), writer.folder, device.type == 'cpu')}")
     return code

@@ -34,8 +34,8 @@ from utils.data import DATASETS, balanced_subset, load_dataset
 from utils.device import autocast, describe, select_device, select_precision
 from utils.features import extract_features, feature_batches, make_augmented_features
 from utils.metrics import class_accuracies, confusion_matrix, top_k
-from utils.progress import Progress, say, set_quiet
-from utils.report import REPORT, draw_run
+from utils.progress import Progress, say, set_quiet, tell
+from utils.report import REPORT, draw_run, write_report
 from utils.resume import EVALUATION, FORMAT, check_unchanged, find_resumed, machine, restore, resumed_settings, warn_if_elsewhere
 from utils.run import EVALUATION_CHECKPOINT, RESULTS, RunWriter, new_run_folder, write_config
 from utils.stop import StopRequest
@@ -171,7 +171,7 @@ def tested(heads, features, labels):
     if logits[0].shape[1] > 5:
         record["test_top5"] = statistics.fmean(top_k(one, labels, 5) for one in logits)
     if len(heads) > 1:
-        record |= {"test_top1_std": statistics.stdev(top1), "test_top1_of_seeds": top1}
+        record |= {"test_top1_std": statistics.stdev(top1), log.OF_SEEDS: top1}
     return record
 
 
@@ -212,7 +212,7 @@ def train(args, device, data, heads, features_of, test_features, writer, state, 
             losses, right = metrics.double().mean(dim=1).unbind(dim=1)
             if not losses.isfinite().all():
                 bad = losses.isfinite().tolist().index(False)
-                return give_up(f"epoch {epoch + 1}, step {bad + 1} of {steps}: the loss is {losses[bad]}{lower_rate(args)}")
+                return give_up(f"epoch {epoch + 1}, step {bad + 1} of {steps}: the loss is {losses[bad]}{lower_rate(args)}", writer)
             state = {
                 "epoch": epoch, "step": step, "metrics": metrics, "seconds": state["seconds"] + time.perf_counter() - start, "records": records,
             }
@@ -232,8 +232,8 @@ def train(args, device, data, heads, features_of, test_features, writer, state, 
             if finished or stopped or time.monotonic() - saved > SAVE_SECONDS:
                 writer.save({EVALUATION_CHECKPOINT: evaluation_state(args, device, state, heads)}, state["epoch"])
                 saved = time.monotonic()
-            if stopped or (not finished and writer.may_draw()):
-                writer.draw(draw_run, not stopped)
+            if not (finished or stopped):
+                writer.show_progress(draw_run, write_report)
             if stopped and not finished:
                 return stopped_early(args, writer, stop)
     return records
@@ -265,7 +265,7 @@ def evaluate(args, device, data, backbone, heads, writer, state, stop):
         if isinstance(records, int):
             return records
     if not all(map(is_finite, heads)):
-        return give_up(f"weights that are not finite numbers after the last step{lower_rate(args)}")
+        return give_up(f"weights that are not finite numbers after the last step{lower_rate(args)}", writer)
     moved = [name for name, value in backbone.state_dict().items() if not torch.equal(value, frozen[name])]
     if moved:
         raise AssertionError(f"the frozen backbone moved during linear evaluation: {', '.join(moved)}")
@@ -332,12 +332,13 @@ def evaluation_state(args, device, state, heads):
 
 def stopped_early(args, writer, stop):
     """Say how to go on. Returns the exit code."""
+    writer.draw(draw_run)
     if writer.unsaved is not None:
         return give_up(writer.unsaved)
     if args.evaluate is not None:
-        say("stopped before there was a result")
+        tell("stopped before there was a result")
     else:
-        say(f"stopped; to go on: python main_lincls.py --resume {shlex.quote(writer.path(EVALUATION_CHECKPOINT))}")
+        tell(f"stopped; to go on: python main_lincls.py --resume {shlex.quote(writer.path(EVALUATION_CHECKPOINT))}")
     return stop.exit_code
 
 
@@ -346,9 +347,11 @@ def lower_rate(args):
     return f"; lower --lr ({args.lr:g})" if args.optimizer == "sgd" and args.evaluate is None else ""
 
 
-def give_up(what):
-    """Say why there is no result. Returns the exit code."""
+def give_up(what, writer=None):
+    """Say why there is no result, on the page too where a writer is given. Returns the exit code."""
     complain(f"main_lincls.py: error: {what}")
+    if writer is not None:
+        writer.draw(draw_run, f"Ended: {what}.")
     return 1
 
 
@@ -436,10 +439,10 @@ def main(argv=None):
         if state is not None:
             args = resumed_settings(EVALUATION, parser, argv, state["config"])
             if state["epoch"] >= args.epochs and os.path.exists(os.path.join(folder, RESULTS)):
-                say(f"{folder}: already done, epoch {state['epoch']} of {args.epochs}; the figures are in {RESULTS}")
+                tell(f"{folder}: already done, epoch {state['epoch']} of {args.epochs}; the figures are in {RESULTS}")
                 return 0
         elif args.resume is not None:
-            say(f"nothing to resume in {args.exp_dir}: a new evaluation")
+            tell(f"nothing to resume in {args.exp_dir}: a new evaluation")
         if args.pretrained is None:
             raise ValueError("--pretrained CHECKPOINT is needed: the backbone to evaluate")
         device = select_device(args.gpu)
@@ -476,7 +479,8 @@ def main(argv=None):
         with StopRequest(args.max_minutes, begin) as stop:
             return evaluate(args, device, data, backbone, heads, writer, state, stop)
     except (MemoryError, torch.OutOfMemoryError) as error:
-        return give_up(f"out of memory ({str(error).split('. ')[0]}); lower --batch_size")
+        reason = str(error).split(". ")[0]
+        return give_up(f"out of memory ({reason}); lower --batch_size", writer)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ features' covariance; how near two views and two pictures are. The numbers are i
 started with --untrained, its untrained network is shown beside it. At width 16: 6 minutes on one slow CPU core.
 """
 import os
+from typing import NamedTuple
 
 from utils.cpu import prepare_cpu  # before torch
 
@@ -30,6 +31,7 @@ from utils.plot_features import NEIGHBORS, QUERIES, plot_confusion, plot_distanc
 from utils.progress import say, set_quiet
 from utils.report import FEATURES, REPORT, write_report
 from utils.run import BACKBONE, CONFIG, UNTRAINED
+from utils.style import make_folder
 
 SOME_PAIRS = 100_000  # of pictures, for the distribution of their distances
 
@@ -64,6 +66,8 @@ def fill_in(args):
     if os.path.isdir(args.pretrained):
         folder = args.pretrained
         settings, files = read_settings(folder), {"trained": os.path.join(folder, BACKBONE)}
+        if not os.path.exists(files["trained"]):
+            raise FileNotFoundError(f"{folder}: no {BACKBONE} in it; the folder of a run of main.py is needed, or a checkpoint")
         untrained = os.path.join(folder, UNTRAINED)
         if os.path.exists(untrained):
             files["untrained"] = untrained
@@ -96,40 +100,45 @@ def features_of(backbone, data, args, device, precision_context):
     return features(data.train_images), features(data.test_images), *(features(torch.cat(of_view)) for of_view in zip(*views))
 
 
-def knn(bank, queries, data):
-    """Of all queries: the similarities and indices of the K nearest in the bank, [N, K], and the classes by k = 1 and
-    by k = K, [N] each."""
+class Neighbors(NamedTuple):
+    """What kNN finds for N test pictures."""
+
+    similarities: torch.Tensor  # [N, K]: cosine similarities of the nearest training pictures
+    indices: torch.Tensor       # int64 [N, K]: which they are
+    nearest: torch.Tensor       # int64 [N]: the class by k = 1
+    voted: torch.Tensor         # int64 [N]: the class by k = K
+
+
+def find_neighbors(bank, queries, data):
     found = list(nearest(queries, bank, min(K, len(bank))))
     similarities, indices = (torch.cat(part) for part in zip(*found))
     neighbors = data.train_labels[indices]
     voted = torch.cat([
         vote(*chunk, TEMPERATURE, len(data.classes)) for chunk in zip(similarities.split(500), neighbors.split(500))
     ])
-    return similarities, indices, neighbors[:, 0], voted
+    return Neighbors(similarities, indices, neighbors[:, 0], voted)
 
 
-def measure(bank, queries, views, data):
-    """The numbers of one backbone's features."""
-    _, _, nearest_class, voted = knn(bank, queries, data)
+def measure(neighbors, unit, views, eigenvalues, data):
+    """The numbers of one backbone's features. unit: of the test pictures, l2-normalized."""
     return {
-        "knn1": 100 * (nearest_class == data.test_labels).double().mean().item(),
-        "knn200": 100 * (voted == data.test_labels).double().mean().item(),
+        "knn1": 100 * (neighbors.nearest == data.test_labels).double().mean().item(),
+        "knn200": 100 * (neighbors.voted == data.test_labels).double().mean().item(),
         "alignment": alignment(*views),
-        "uniformity": uniformity(queries),
-        "effective_rank": effective_rank(spectrum(F.normalize(queries, dim=1))),
-        "feature_dim": queries.shape[1],
+        "uniformity": uniformity(unit),
+        "effective_rank": effective_rank(eigenvalues),
+        "feature_dim": unit.shape[1],
     }
 
 
-def distances(queries, views):
+def distances(unit, views):
     """Distances of l2-normalized features: of the two views of each picture, and of SOME_PAIRS random pairs of pictures."""
     first, second = (F.normalize(one, dim=1) for one in views)
-    queries = F.normalize(queries, dim=1)
     generator = torch.Generator().manual_seed(0)
-    i = torch.randint(len(queries), (SOME_PAIRS,), generator=generator)
-    j = (i + torch.randint(1, len(queries), (SOME_PAIRS,), generator=generator)) % len(queries)  # never itself
-    i, j = i.to(queries.device), j.to(queries.device)
-    return (first - second).norm(dim=1).cpu(), (queries[i] - queries[j]).norm(dim=1).cpu()
+    i = torch.randint(len(unit), (SOME_PAIRS,), generator=generator)
+    j = (i + torch.randint(1, len(unit), (SOME_PAIRS,), generator=generator)) % len(unit)  # never itself
+    i, j = i.to(unit.device), j.to(unit.device)
+    return (first - second).norm(dim=1).cpu(), (unit[i] - unit[j]).norm(dim=1).cpu()
 
 
 def dozen(labels, num_classes):
@@ -143,18 +152,15 @@ def dozen(labels, num_classes):
 # The figures
 
 
-def draw(args, data, bank, queries):
-    """The figures of one backbone: neighbors, maps, confusion."""
-    similarities, indices, _, voted = knn(bank, queries, data)
+def draw(args, data, neighbors, unit):
+    """The figures of the first backbone alone: neighbors, confusion, maps."""
     chosen = torch.tensor(dozen(data.test_labels.cpu(), len(data.classes)))
-    near = indices[chosen.to(indices.device), :NEIGHBORS].cpu()
-    labels = data.train_labels.cpu()
+    near = neighbors.indices.cpu()[chosen, :NEIGHBORS]
     plot_neighbors(
         args.output, data.test_images.cpu()[chosen], data.test_labels.cpu()[chosen].tolist(), data.train_images.cpu()[near],
-        labels[near], similarities[chosen.to(indices.device), :NEIGHBORS].cpu(), data.classes,
+        data.train_labels.cpu()[near], neighbors.similarities.cpu()[chosen, :NEIGHBORS], data.classes,
     )
-    plot_confusion(args.output, confusion_matrix(voted, data.test_labels, len(data.classes)), data.classes, "knn-confusion")
-    unit = F.normalize(queries, dim=1)
+    plot_confusion(args.output, confusion_matrix(neighbors.voted, data.test_labels, len(data.classes)), data.classes, "knn-confusion")
     points, shares = principal_components(unit)
     plot_map(
         args.output, "map-pca", points, data.test_labels.cpu(), data.classes, f"{len(points):,} test pictures, principal components",
@@ -195,17 +201,18 @@ def main(argv=None):
         data = load_dataset(args.dataset, args.data_root, device, args.train_size, args.test_size)
         if len(data.test_images) < 2:
             raise ValueError(f"{len(data.test_images)} test pictures: at least 2 are needed")
-        os.makedirs(args.output, exist_ok=True)
+        make_folder(args.output)
 
         numbers, spectra, of_pairs = {}, {}, {}
         for i, (name, backbone) in enumerate(backbones.items()):
             backbone.to(device, memory_format=torch.channels_last)
             bank, queries, *views = features_of(backbone, data, args, device, precision_context)
-            numbers[name] = measure(bank, queries, views, data)
-            spectra[name], of_pairs[name] = spectrum(F.normalize(queries, dim=1)), distances(queries, views)
+            neighbors, unit = find_neighbors(bank, queries, data), F.normalize(queries, dim=1)
+            spectra[name], of_pairs[name] = spectrum(unit), distances(unit, views)
+            numbers[name] = measure(neighbors, unit, views, spectra[name], data)
             say(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in numbers[name].items()))
             if i == 0:
-                draw(args, data, bank, queries)
+                draw(args, data, neighbors, unit)
         plot_spectrum(args.output, spectra, {name: of_one["effective_rank"] for name, of_one in numbers.items()})
         plot_distances(args.output, of_pairs, {
             name: f"{name}: alignment {of_one['alignment']:.3f}, uniformity {of_one['uniformity']:.2f}".replace("-", "−")

@@ -307,5 +307,5 @@ def test_tables_and_figures_refuse_an_empty_log(refused, tmp_path, content):
     (tmp_path / "log.jsonl").write_text(content)
     for module in (log, plot):
         refused(module.main, [tmp_path], "log.jsonl", "no epoch")
-        refused(module.main, [tmp_path / "none"], "none", "No such file")
+        refused(module.main, [tmp_path / "none"], "none", "a run's folder is needed")
         refused(module.main, [], "FOLDER")

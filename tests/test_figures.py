@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import sys
+import warnings
 
 import numpy
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 import main as pretraining
 import visualize
 from conftest import REPO, SMALL
-from utils import log, metrics, plot, plot_features, plot_views, style
+from utils import log, metrics, plot, plot_features, plot_views, report, style
 from utils.augment import Draws, apply_two_views, denormalize, draw_views, normalize
 from utils.published import KNN
 
@@ -25,7 +26,10 @@ CURVES = ("loss-plot", "top1-acc", "std", "throughput", "learning-rate")
 def write_run(folder, seed, value=1.0, **settings):
     """A folder with the log and the settings of a run of two epochs."""
     os.makedirs(folder)
-    config = {"settings": {"arch": "resnet18", "dim": 32, "epochs": 2, "dataset": "cifar10", "seed": seed, **settings}}
+    config = {
+        "argv": ["main.py"], "commit": None, "device": "CPU", "versions": {},
+        "settings": {"arch": "resnet18", "dim": 32, "epochs": 2, "dataset": "cifar10", "data_root": "data", "seed": seed, **settings},
+    }
     log.write_json(os.path.join(folder, "config.json"), config)
     for epoch in (1, 2):
         record = {"epoch": epoch, "loss": -0.1 * value * epoch, "std": 0.9, "lr": 0.1, "views_per_s": 100.0, "seconds": 1.0}
@@ -78,9 +82,9 @@ def test_seeds_become_a_mean_with_a_band(tmp_path, axes_of):
     folders.append(write_run(tmp_path / "other", 0, 0.5, batch_size=64))
     plot.plot_runs(folders, str(tmp_path))
     axes = axes_of["loss-plot"]
-    mean, other = axes.get_lines()[:2]
+    mean, other = (line for line in axes.get_lines() if not line.get_label().startswith("_"))
     assert mean.get_ydata().tolist() == pytest.approx([-0.13, -0.26]) and other.get_ydata().tolist() == pytest.approx([-0.05, -0.1])
-    assert (mean.get_label(), other.get_label()) == ("run, 3 seeds", "other")
+    assert (mean.get_label(), other.get_label()) == ("run: 3 seeds", "other")
     deviation = 0.2 * numpy.std([1.0, 1.2, 1.7], ddof=1)
     corners = axes.collections[0].get_paths()[0].get_extents()
     assert (corners.ymin, corners.ymax) == (pytest.approx(-0.26 - deviation), pytest.approx(-0.13 + deviation / 2))
@@ -102,6 +106,62 @@ def test_labels_keep_apart_in_the_order_of_their_values():
     assert numpy.mean(heights[:4]) == pytest.approx(numpy.mean(values[:4]))
 
 
+def test_runs_of_unequal_length_are_all_seen(tmp_path, axes_of):
+    """The mean ends with the shortest; a thin line shows how the longer one goes on."""
+    folders = [write_run(tmp_path / f"s{seed}", seed) for seed in range(2)]
+    log.append(folders[0], {"epoch": 3, "loss": -0.5})
+    plot.plot_runs(folders, str(tmp_path))
+    mean, *single = (line.get_xydata().tolist() for line in axes_of["loss-plot"].get_lines()[:3])
+    assert [x for x, _ in mean] == [1, 2] and [3, -0.5] in single[0]
+
+
+@pytest.mark.parametrize("names, label", [
+    (["cifar-seed0", "cifar-seed1"], "cifar: 2 seeds"), (["1", "2"], "1, 2: 2 seeds"), (["1", "10"], "1, 10: 2 seeds"),
+    (["a0", "a1", "a2", "b3"], "a0 to b3: 4 seeds"), (["one run"], "one run"),
+])
+def test_what_runs_are_called(names, label):
+    assert plot.label_of([(f"experiments/{name}", [], {"seed": i}) for i, name in enumerate(names)]) == label
+
+
+def test_the_same_folder_twice_is_one_run(tmp_path, axes_of):
+    folder = write_run(tmp_path / "run", 0)
+    plot.plot_runs([folder, f"{folder}/"], str(tmp_path))
+    assert not axes_of["loss-plot"].collections
+
+
+def test_evaluations_have_bands_too_and_no_figures_with_pretraining(tmp_path, axes_of):
+    linear = tmp_path / "linear"
+    os.mkdir(linear)
+    for epoch in (1, 2):
+        log.append(str(linear), {"epoch": epoch, "train_loss": 9000.0 / epoch**9, "test_top1": 50.0, "test_top1_std": 2.0})
+    plot.plot_runs([str(linear)], str(tmp_path))
+    corners = axes_of["top1-acc"].collections[0].get_paths()[0].get_extents()
+    assert (corners.ymin, corners.ymax) == (48, 52)
+    assert axes_of["loss-plot"].get_yscale() == "log"
+    pretraining_run = write_run(tmp_path / "run", 0)
+    for folders in ([str(linear), pretraining_run], [pretraining_run, str(linear)]):
+        with pytest.raises(ValueError, match="run is a pre-training and .*linear a linear evaluation"):
+            plot.plot_runs(folders, str(tmp_path))
+
+
+def test_files_of_another_kind_are_refused_in_a_line(tmp_path, capsys):
+    folder = write_run(tmp_path / "run", 0)
+    for name, content, words in (
+        ("config.json", "[1]", "not a run's settings"), ("config.json", '{"settings": [1]}', "not a run's settings"), ("config.json", "{", "no JSON"),
+        ("results.json", "[1]", "not the results"), ("log.jsonl", '{"epoch": 1, "loss": "abc"}', "loss is 'abc' and not a number"),
+    ):
+        kept = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+        (tmp_path / "run" / name).write_text(content)
+        for main in (plot.main, report.main):
+            with pytest.raises(SystemExit) as stop:
+                main([folder])
+            error = capsys.readouterr().err
+            assert stop.value.code == 2 and error.count("\n") == 1 and words in error, error
+        (tmp_path / "run" / name).unlink()
+        for kept_name, bytes_ in kept.items():
+            (tmp_path / "run" / kept_name).write_bytes(bytes_)
+
+
 def test_several_runs_need_a_place(tmp_path, capsys):
     folders = [write_run(tmp_path / name, 0) for name in "ab"]
     with pytest.raises(SystemExit) as stop:
@@ -111,12 +171,14 @@ def test_several_runs_need_a_place(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path / "both")) == sorted(f"{name}.pdf" for name in CURVES)
 
 
-@pytest.mark.parametrize("name", ["a b", "$x_$", "\udcff"])
+@pytest.mark.parametrize("name", ["a b", "$x_$", "\udcff", "a\nb", "日本", "x" * 200])
 def test_any_folder_name_has_figures(tmp_path, name):
     folder = str(tmp_path / name)
     os.mkdir(folder)
     log.append(folder, {"epoch": 1, "loss": -0.5})
-    plot.plot_run(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot.plot_run(folder)
     assert os.path.getsize(os.path.join(folder, "loss-plot.png")) > 1000
 
 
@@ -172,6 +234,7 @@ def test_uniformity_is_the_papers_over_all_pairs(features, monkeypatch):
     assert metrics.uniformity(features) == pytest.approx(expected, abs=1e-5)
     assert metrics.uniformity(torch.ones(5, 3)) == pytest.approx(0, abs=1e-5)  # all one
     assert metrics.uniformity(torch.tensor([[1.0, 0], [-2, 0]])) == pytest.approx(-8)  # distance 2
+    assert metrics.uniformity(torch.zeros(5, 3)) == 0  # no direction at all
     with pytest.raises(ValueError, match="pairs"):
         metrics.uniformity(torch.ones(1, 3))
 
@@ -265,7 +328,8 @@ def test_the_neighbors_shown_are_the_nearest(shapes, tmp_path, monkeypatch):
     for name in ("plot_confusion", "plot_map", "draw_tsne"):
         monkeypatch.setattr(visualize, name, lambda *args, **options: None)
     args = visualize.make_parser().parse_args(["--pretrained", "x", "--output", str(tmp_path)])
-    visualize.draw(args, shapes, *(F.one_hot(labels, 10).float() for labels in (shapes.train_labels, shapes.test_labels)))
+    bank, queries = (F.one_hot(labels, 10).float() for labels in (shapes.train_labels, shapes.test_labels))
+    visualize.draw(args, shapes, visualize.find_neighbors(bank, queries, shapes), queries)
     queries, query_labels, neighbors, neighbor_labels, similarities, classes = seen["given"]
     assert len(query_labels) == 12 and set(query_labels) == set(range(10))
     assert neighbor_labels.shape == (12, 6) and (neighbor_labels == torch.tensor(query_labels)[:, None]).all()

@@ -17,7 +17,7 @@ from conftest import REPO, SMALL
 from utils import log, progress
 from utils.board import FOLDER
 from utils.progress import Progress, say, set_quiet
-from utils.run import DRAWING_SHARE, RunWriter
+from utils.run import DRAWING_SHARE, PAGE_SECONDS, RunWriter
 
 
 class Clock:
@@ -61,7 +61,21 @@ def test_a_long_epoch_shows_how_far_it_is_and_a_resumed_run_what_is_left_of_it(c
             bar.update(2 + step / 10)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "epoch 3/4  10 % of the epoch, 19:00 left"  # 2 epochs of 600 s, less 60 s
-    assert len(lines) == 10
+    assert len(lines) == 9  # at its end come its figures
+
+
+def test_epochs_of_any_length_show_their_figures(clock, capsys):
+    """Of 40 s and of 300 s: the lines in between do not take their place."""
+    for seconds in (40, 300):
+        with Progress(6, 0) as bar:
+            for epoch in range(6):
+                for step in range(1, 101):
+                    clock.now += seconds / 100
+                    bar.update(epoch + step / 100)
+                bar.epoch(epoch + 1, "loss", False, "")
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split("  ")[0] for line in lines if "loss" in line] == [f"epoch {epoch}/6" for epoch in range(1, 7)]
+        assert not any("  0 % of" in line for line in lines)
 
 
 def test_quiet_is_silent(clock, capsys):
@@ -107,29 +121,43 @@ def test_a_terminal_gets_a_bar(tmp_path):
     bar = next(part for part in reversed(shown.getvalue().decode().split("\r")) if part.strip())
     assert process.returncode == 0
     assert len(bar.strip()) <= 80
-    for word in ("█| 2.0/2 [", "loss ", "std ", "views/s]", "kNN "):
+    for word in ("█| 2.0/2 epochs [", "loss ", "std ", "views/s]", "kNN "):
         assert word in bar
     assert output.count("left") == 2  # an epoch that was measured stays as a line
     assert shlex.join(["python", "main.py", *SMALL, "--epochs", "2"]) in (tmp_path / "1" / "report.html").read_text()
 
 
-def test_drawing_takes_a_hundredth_of_the_time(tmp_path, monkeypatch):
+def test_drawing_takes_a_hundredth_of_the_time_and_the_page_is_new_all_the_same(tmp_path, monkeypatch):
     clock = Clock()
     monkeypatch.setattr("utils.run.time", clock)
     writer = RunWriter(str(tmp_path))
-    drawn = 0
+    drawn, pages = [], []
 
-    def draw(folder):
-        nonlocal drawn
-        drawn += 1
+    def draw(folder, state):
+        drawn.append(clock.now)
         clock.now += 2.0
 
-    writer.draw(draw)  # as the views before the first step
     for _ in range(10_000):
         clock.now += 1.0
-        if writer.may_draw():
-            writer.draw(draw)
-    assert 0.9 * DRAWING_SHARE < 2.0 * drawn / clock.now < 1.1 * DRAWING_SHARE
+        writer.show_progress(draw, lambda folder, state: pages.append(clock.now))
+    assert drawn[0] == 1.0  # at once
+    assert 0.9 * DRAWING_SHARE < 2.0 * len(drawn) / clock.now < 1.1 * DRAWING_SHARE
+    shown = sorted(drawn + pages)
+    assert max(b - a for a, b in zip(shown, shown[1:])) < PAGE_SECONDS + 4
+
+
+def test_what_goes_wrong_with_figures_does_not_end_a_run(tmp_path, monkeypatch, capsys):
+    """Somebody changes config.json while it runs."""
+    monkeypatch.chdir(tmp_path)
+    usual = log.append
+
+    def append(folder, record):
+        usual(folder, record)
+        (tmp_path / "experiments" / "run" / "config.json").write_text("{}")
+
+    monkeypatch.setattr(log, "append", append)
+    assert pretraining.main([*SMALL, "--epochs", "2", "--trial", "run"]) == 0
+    assert "no figures" in capsys.readouterr().err
 
 
 def test_tensorboard_has_the_log_and_the_figures(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import main as pretraining
 import main_lincls
 from conftest import SMALL
 from utils import log, report
+from utils.run import PAGE_SECONDS, RUNNING, RunWriter
 
 BROWSER = next((path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if path), None)
 VOID = {"meta", "link", "img", "br"}
@@ -55,7 +56,7 @@ def test_the_page_of_a_run(finished_run):
     page = Page(os.path.join(finished_run, "report.html"))
     assert_self_contained(page)
     last = log.read(finished_run)[-1]
-    for words in ("Finished: 2 epochs", f"{last['loss']:.4f}".replace("-", "−"), f"{last['knn200']:.2f}", "batch_size", "python main_lincls.py --arch resnet18"):
+    for words in ("Finished.", f"{last['loss']:.4f}".replace("-", "−"), f"{last['knn200']:.2f}", "batch_size", "python main_lincls.py --arch resnet18"):
         assert words in page.text, words
     images = [attributes for tag, attributes in page.elements if tag == "img"]
     assert len(images) == 6 and all(len(image["alt"]) > 20 and len(image["src"]) > 5000 for image in images)
@@ -83,9 +84,9 @@ def test_a_running_page_loads_itself_again_and_a_stopped_one_says_how_to_go_on(f
         config = json.load(file)
     config["settings"] |= {"epochs": 5, "trial": "</td><script>alert(1)</script>"}
     log.write_json(os.path.join(folder, "config.json"), config)
-    report.write_report(folder, running=True)
+    report.write_report(folder, RUNNING)
     page = Page(os.path.join(folder, "report.html"))
-    assert ("meta", {"http-equiv": "refresh", "content": str(report.RELOAD)}) in page.elements
+    assert ("meta", {"http-equiv": "refresh", "content": str(PAGE_SECONDS)}) in page.elements
     assert "Running: 2 of 5 epochs done" in page.text and "</td><script>alert(1)</script>" in page.text
     assert_self_contained(page)
     report.write_report(folder)
@@ -93,24 +94,47 @@ def test_a_running_page_loads_itself_again_and_a_stopped_one_says_how_to_go_on(f
     assert "Stopped: 2 of 5 epochs done. To go on: python main.py --resume" in page.text
     os.remove(os.path.join(folder, "log.jsonl"))
     Path(folder, "log.jsonl").touch()
-    report.write_report(folder, running=True)
+    report.write_report(folder, RUNNING)
     assert "No epoch is done yet" in Path(folder, "report.html").read_text()
 
 
 def test_a_run_shows_itself_from_its_start(tmp_path, monkeypatch):
-    """In the first epoch there is a page already; after every epoch, where there is time, it is up to date."""
+    """In the first epoch there is a page already, and after each one, where there is time, a new one."""
     monkeypatch.chdir(tmp_path)
     seen = []
 
-    def may_draw(writer):
+    def show_progress(writer, draw_run, write_report, usual=RunWriter.show_progress):
+        writer.drawing_seconds = 0.0  # there is time
+        usual(writer, draw_run, write_report)
         page = Page(writer.path("report.html"))
-        seen.append(next(word for word in ("No epoch is done yet", "Running: 1 of 3", "Running: 2 of 3") if word in page.text))
-        return True
+        assert any(attributes.get("http-equiv") == "refresh" for _, attributes in page.elements)
+        seen.append(re.search(r"Running: \d of 3", page.text).group())
 
-    monkeypatch.setattr("utils.run.RunWriter.may_draw", may_draw)
+    monkeypatch.setattr(RunWriter, "show_progress", show_progress)
     assert pretraining.main([*SMALL, "--epochs", "3", "--trial", "run"]) == 0
-    assert seen == ["No epoch is done yet", "Running: 1 of 3"]
-    assert "Finished: 3 epochs" in Page("experiments/run/report.html").text
+    assert seen == ["Running: 0 of 3", "Running: 1 of 3", "Running: 2 of 3"]
+    assert "Finished." in Page("experiments/run/report.html").text
+
+
+def test_the_page_of_a_run_that_diverged_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert pretraining.main([*SMALL, "--epochs", "3", "--learning_rate", "1e30", "--trial", "run"]) == 1
+    page = Page("experiments/run/report.html")
+    assert "Ended in epoch 1, step 2 of 8: the loss is nan" in page.text and "To go on" not in page.text and "lower --learning_rate" in page.text
+
+
+def test_the_page_of_a_tested_classifier_has_no_epochs(finished_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = ["--dataset", "shapes", "--train_size", "256", "--test_size", "100", "--pretrained", os.path.join(finished_run, "backbone.pt")]
+    assert main_lincls.main([*settings, "--features", "cached", "--epochs", "2", "--trial", "trained"]) == 0
+    assert main_lincls.main([*settings, "--evaluate", "experiments/trained/classifier.pt", "--trial", "tested"]) == 0
+    page = Page("experiments/tested/report.html")
+    assert "Finished." in page.text and "top-1 " in page.text and "To go on" not in page.text and "last epoch" not in page.text and "best epoch" not in page.text
+
+
+def test_the_command_on_the_page_makes_a_new_run():
+    argv = ["/some/where/main.py", "--trial", "a b", "--epochs", "3", "--resume", "auto", "--max_minutes=5", "--quiet", "--gpu", "0", "--exp_dir", "x y"]
+    assert report.typed_again(argv) == "python main.py --epochs 3 --exp_dir 'x y'"
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
@@ -125,7 +149,7 @@ def test_a_browser_opens_the_page_without_errors_and_without_network(finished_ru
     )
     assert result.returncode == 0
     assert "CONSOLE" not in result.stderr
-    assert result.stdout.count("<img") == 6 and "Finished: 2 epochs" in result.stdout
+    assert result.stdout.count("<img") == 6 and "Finished." in result.stdout
     requests = set(re.findall(r'"url":"([a-z]+:[^"]{0,60})', net_log.read_text()))
     browsers_own = r"https?://([\w-]+\.)*(google|googleapis|gstatic|gvt1)\.com/"  # its updates and clock; the page has no such address
     assert all(url.startswith(("file:", "data:", "chrome")) or re.match(browsers_own, url) for url in requests), requests

@@ -41,6 +41,18 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
+    def for_each(self, given, function):
+        """Call function(each) for all that the user gave; what cannot be done becomes a line, and the exit code is 2 in the end."""
+        failed = False
+        for each in given:
+            try:
+                function(each)
+            except (ValueError, OSError) as error:
+                failed = True
+                print(f"{self.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if failed:
+            self.exit(2)
+
     @contextlib.contextmanager
     def user_errors(self):
         """Errors in the block come from what the user gave, sizes beyond the memory included: their message

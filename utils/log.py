@@ -9,6 +9,7 @@ from utils import checkpoint
 from utils.cli import Parser
 
 LOG = "log.jsonl"
+OF_SEEDS = "test_top1_of_seeds"  # the one figure of a line that is a list
 
 
 def append(folder, record):
@@ -44,9 +45,11 @@ def read_json(path):
 def read(folder, empty=False):
     """The log as a list of dicts, by epoch. An epoch that a resumed run did again counts once, as it was
     last written; an unfinished line does not count. Raises OSError if there is no log, and, unless it may be empty,
-    ValueError if it has no epoch."""
+    ValueError if it has no epoch; ValueError if a figure is no number."""
     path = os.path.join(folder, LOG)
     records = {}
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{folder}: no {LOG} in it; a run's folder is needed")
     with open(path, errors="replace") as file:
         for line in file:
             try:
@@ -54,6 +57,9 @@ def read(folder, empty=False):
             except json.JSONDecodeError:
                 continue
             if isinstance(record, dict) and isinstance(record.get("epoch"), int):
+                for name, value in record.items():
+                    if not isinstance(value, (int, float)) and name != OF_SEEDS:
+                        raise ValueError(f"{path}: epoch {record['epoch']}: {name} is {value!r:.50} and not a number")
                 records[record["epoch"]] = record
     if not records and not empty:
         raise ValueError(f"{path!r}: no epoch in it")
@@ -95,9 +101,7 @@ def main(argv=None):
     parser = make_parser()
     folders = parser.parse_args(argv).folders
     width = max(len(folder) for folder in folders)
-    for folder in folders:
-        with parser.user_errors():
-            print(f"{folder:{width}}  {summarize(folder)}")
+    parser.for_each(folders, lambda folder: print(f"{folder:{width}}  {summarize(folder)}"))
 
 
 if __name__ == "__main__":

@@ -35,11 +35,14 @@ def uniformity(features):
     if count < 2:
         raise ValueError(f"{count} pictures have no pairs")
     features = F.normalize(features, dim=1)
+    lengths = features.square().sum(dim=1)  # 1, or 0 for a row of zeros
     total = 0.0
-    for rows in features.split(max(1, PAIRS // count)):
-        squares = (2 - 2 * rows @ features.T).clamp_(min=0)
+    for first in range(0, count, max(1, PAIRS // count)):
+        rows = slice(first, first + max(1, PAIRS // count))
+        squares = (lengths[rows, None] + lengths - 2 * features[rows] @ features.T).clamp_(min=0)
+        squares[:, rows].fill_diagonal_(math.inf)  # a row's pair with itself does not count
         total += squares.mul_(-2).exp_().sum(dtype=torch.float64).item()
-    return math.log(max(total - count, 0) / (count * (count - 1)))  # without each row's pair with itself
+    return math.log(total / (count * (count - 1)))
 
 
 def spectrum(features):
@@ -50,8 +53,8 @@ def spectrum(features):
 
 
 def effective_rank(eigenvalues):
-    """How many dimensions the features use: exp of the entropy of the eigenvalues' shares, 1 to D; 0 for none (Roy &
-    Vetterli, 2007)."""
+    """How many dimensions N features of D numbers use: exp of the entropy of the shares of their covariance's eigenvalues, 1 to
+    min(D, N - 1); 0 for none (Roy & Vetterli, 2007; of eigenvalues here, not of singular values)."""
     if eigenvalues.sum() == 0:
         return 0.0
     shares = eigenvalues / eigenvalues.sum()

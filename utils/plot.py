@@ -17,10 +17,11 @@ from utils import log
 from utils.cli import Parser
 from utils.plot_features import plot_confusion
 from utils.published import KNN, LINEAR
-from utils.resume import PRETRAINING
-from utils.run import CONFIG, RESULTS
-from utils.style import COLORS, DASHES, FORMATS, GRAY, drawing, plain_numbers, printable
+from utils.resume import EVALUATION, PRETRAINING
+from utils.run import CONFIG, RESULTS, read_config
+from utils.style import COLORS, DASHES, FORMATS, GRAY, drawing, make_folder, plain_numbers, printable
 
+MANY = 3            # lines, beyond which a figure shows its first key only
 COLLAPSE_STD = 0.1  # below this, feature_std (healthy: about 1) means that the outputs are all but equal
 
 # The figures of a run, in the order of a report: name, what it is.
@@ -42,49 +43,67 @@ class Line(NamedTuple):
 
 
 def read_settings(folder):
-    """The settings in a folder's config.json, or {} where there is none."""
-    path = os.path.join(folder, CONFIG)
-    return log.read_json(path)["settings"] if os.path.exists(path) else {}
+    """The settings in a folder's config.json, or {} where there is none. Raises ValueError if it is no run's."""
+    return read_config(folder)["settings"] if os.path.exists(os.path.join(folder, CONFIG)) else {}
+
+
+def is_linear(records):
+    """Whether they are of a linear evaluation."""
+    return any("test_top1" in record for record in records)
 
 
 def read_lines(folders):
-    """The runs as Lines, by their recipes. Raises OSError and ValueError for a folder without a log."""
-    groups = {}
-    for folder in folders:
+    """The runs as Lines, by their recipes; a folder given twice counts once. Raises OSError and ValueError for a folder
+    without a log, and for a pre-training beside an evaluation."""
+    groups, kinds = {}, {}
+    for folder in {os.path.realpath(folder): folder for folder in folders}.values():
         records, settings = log.read(folder), read_settings(folder)
-        recipe = tuple((name, settings.get(name)) for name in PRETRAINING.recipe if name != "seed")
-        is_pretraining = {"dim", "epochs"} <= settings.keys()
-        groups.setdefault(recipe if is_pretraining else folder, []).append((folder, records, settings))
-    lines = []
-    for runs in groups.values():
-        names = [printable(os.path.basename(os.path.abspath(folder))) for folder, _, _ in runs]
-        label = names[0]
-        if len(runs) > 1:
-            common = re.sub(r"[-_ ]*(seed)?[-_ ]*$", "", os.path.commonprefix(names)) or names[0]
-            seeds = {settings.get("seed") for _, _, settings in runs}
-            label = f"{common}, {len(runs)} {'seeds' if len(seeds) == len(runs) else 'runs'}"
-        lines.append(Line(label, [records for _, records, _ in runs], runs[0][2]))
-    return lines
+        linear = is_linear(records)
+        names = (*EVALUATION.recipe, "pretrained") if linear else PRETRAINING.recipe
+        recipe = tuple((name, str(settings.get(name))) for name in names if name != "seed") if settings else folder
+        groups.setdefault(recipe, []).append((folder, records, settings))
+        kinds[linear] = folder
+    if len(kinds) == 2:
+        raise ValueError(f"{kinds[False]} is a pre-training and {kinds[True]} a linear evaluation: they have no figures in common")
+    return [Line(label_of(runs), [records for _, records, _ in runs], runs[0][2]) for runs in groups.values()]
+
+
+def label_of(runs):
+    """What to call one or several runs."""
+    names = [printable(os.path.basename(os.path.abspath(folder))) for folder, _, _ in runs]
+    if len(names) == 1:
+        return names[0]
+    common = re.sub(r"[-_ ]*(seed)?[-_ ]*$", "", os.path.commonprefix(names))
+    if len(common) < 3 or common in names:
+        common = ", ".join(names) if len(names) <= 3 else f"{names[0]} to {names[-1]}"
+    seeds = {settings.get("seed") for _, _, settings in runs}
+    return f"{common}: {len(runs)} {'seeds' if len(seeds) == len(runs) else 'runs'}"
 
 
 def spread(runs, key):
-    """Of the epochs in which all runs have `key`: the epochs, the mean over the runs, and their standard deviation
-    (zeros for one run), each a list."""
-    values = [{record["epoch"]: record[key] for record in records if record.get(key) is not None} for records in runs]
+    """Of the epochs in which all runs have `key`: the epochs, the mean over the runs, and their standard deviation, each a list.
+    One run has its log's own deviation, of an evaluation with several seeds, or zeros."""
+    values = [{record["epoch"]: record[key] for record in records if key in record} for records in runs]
     epochs = sorted(set.intersection(*map(set, values)))
     columns = [[of_run[epoch] for of_run in values] for epoch in epochs]
+    own = {record["epoch"]: record.get(f"{key}_std", 0.0) for record in runs[0]}
     return epochs, [statistics.fmean(column) for column in columns], [
-        statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns
+        statistics.stdev(column) if len(runs) > 1 else own[epoch] for epoch, column in zip(epochs, columns)
     ]
 
 
 def curve(axes, runs, key, label, color, dash, marker):
-    """Draw `key` over the epochs, with a band where there are several runs."""
+    """Draw `key` over the epochs: one run's, or the mean of several with a band and thin lines for each of them, which go on
+    where others have ended."""
     epochs, means, deviations = spread(runs, key)
     axes.plot(epochs, means, label=label, color=color, linestyle=dash, marker=marker if len(epochs) <= 30 else None)
-    if len(runs) > 1:
+    if any(deviations):
         low, high = ([mean + sign * std for mean, std in zip(means, deviations)] for sign in (-1, 1))
         axes.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
+    for records in runs if len(runs) > 1 else ():
+        points = [(record["epoch"], record[key]) for record in records if key in record]
+        if points:
+            axes.plot(*zip(*points), color=color, linestyle=dash, linewidth=0.6, alpha=0.6)
 
 
 def curves(axes, lines, keys):
@@ -94,18 +113,19 @@ def curves(axes, lines, keys):
         for j, (key, words) in enumerate(keys.items()):
             alone, single = len(lines) == 1, len(keys) == 1
             parts = [line.label] * (not alone) + [words] * (not single)
-            color, dash = j if alone else i, i if single and not alone else j
+            color, dash = j if alone else i, i + i // len(COLORS) if single and not alone else j  # beyond the colors, others' dashes
             curve(axes, line.runs, key, ", ".join(parts) or None, COLORS[color % len(COLORS)], DASHES[dash % len(DASHES)], "os"[j % 2])
 
 
 def subtitle(lines):
-    """What all lines have in common, in words."""
+    """What all lines have in common, in words, and what a band is."""
     parts = []
     for name, words in (("arch", "{}"), ("width", "width {}"), ("dataset", "{}"), ("train_size", "{:,} pictures"), ("batch_size", "batch {}"), ("epochs", "{} epochs")):
         values = {line.settings.get(name) for line in lines}
         if len(values) == 1 and None not in values:
             parts.append(words.format(*values))
-    return ", ".join(parts)
+    has_band = any(len(line.runs) > 1 or any("test_top1_std" in record for record in line.runs[0]) for line in lines)
+    return ", ".join(parts) + "; band: ± 1 std" * has_band
 
 
 def dress(axes, lines, title, ylabel):
@@ -159,39 +179,47 @@ def mark_published(axes, points, by_epochs):
     end = axes.get_xlim()[1]
     line = (high - low) / 20  # the height of a label
     heights = apart([point.top1 for point in points], line)
-    lower = max(0, max(heights) + 1.5 * line - high)  # to keep clear of what is above the axes
+    lower = max(0, max(heights) + 2 * line - high)  # to keep clear of what is above the axes
     heights = [height - lower for height in heights]
     for point, height in zip(points, heights):
         reached = by_epochs and point.epochs <= end
         words = f"{point.source}: {point.top1:g}" + ("" if point.epochs == 800 else f", {point.epochs} ep.")
         axes.annotate(
-            words, (1, point.top1), (1.07, height), xycoords=("axes fraction", "data"), textcoords=("axes fraction", "data"),
+            words, (point.epochs if reached else end, point.top1), (1.07, height), xycoords="data", textcoords=("axes fraction", "data"),
             va="center", fontsize=7, color="0.2", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": GRAY, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5), "patchA": None},
         )
         axes.plot([point.epochs if reached else end], [point.top1], "D", color="0.2", markersize=3.5, clip_on=False, zorder=3)
-    axes.text(1.07, max(heights) + line, "published, 800 epochs", transform=axes.get_yaxis_transform(), fontsize=7, color=GRAY, va="center")
+    axes.text(
+        1.07, max(heights) + 0.6 * line, "published: width 64,\n800 epochs", transform=axes.get_yaxis_transform(), fontsize=7, color=GRAY, va="bottom",
+        linespacing=1,
+    )
 
 
 def plot_runs(folders, output, formats=FORMATS):
     """Draw the figures of runs of main.py or main_lincls.py into the folder `output`; returns their names. Raises
     OSError, and ValueError where a folder has no log."""
     lines = read_lines(folders)
-    on_cifar10 = all(line.settings.get("dataset", "cifar10") == "cifar10" for line in lines)
-    linear = any("test_top1" in record for line in lines for records in line.runs for record in records)
+    on_cifar10 = all(line.settings.get("dataset") == "cifar10" for line in lines)
+    linear = is_linear(lines[0].runs[0])
     drawn = []
 
     def figure_of(name, keys, ylabel, finish=lambda axes: None):
         keys = {
             key: words for key, words in keys.items()
-            if any(record.get(key) is not None for line in lines for records in line.runs for record in records)
+            if any(key in record for line in lines for records in line.runs for record in records)
         }
         if not keys:
             return
+        if len(lines) > MANY:
+            keys = dict(list(keys.items())[:1])
         labels = len(lines) * len(keys) if len(lines) > 1 else 0
         with drawing(output, name, height=3.0 + 0.16 * labels, formats=formats) as figure:
             axes = figure.subplots()
             curves(axes, lines, keys)
+            low, high = axes.get_xlim()
+            if high - low < 1:  # a single epoch
+                axes.set_xlim((low + high) / 2 - 1, (low + high) / 2 + 1)
             finish(axes)
             dress(axes, lines, TITLES[name], ylabel)
         drawn.append(name)
@@ -201,7 +229,7 @@ def plot_runs(folders, output, formats=FORMATS):
         level(axes, -1, "−1: all outputs agree", "-")
 
     def finish_training_loss(axes):
-        values = [value for line in lines for value in axes.get_lines()[0].get_ydata()]
+        values = [value for drawn in axes.get_lines() for value in drawn.get_ydata()]
         if min(values) > 0 and max(values) > 100 * min(values):
             axes.set_yscale("log")
             plain_numbers(axes.yaxis)
@@ -237,6 +265,8 @@ def plot_results(folder, output, formats=FORMATS):
     if not os.path.exists(path):
         return []
     results = log.read_json(path)
+    if not isinstance(results, dict) or not {"confusion", "class_top1"} <= results.keys():
+        raise ValueError(f"{path}: not the results of main_lincls.py")
     plot_confusion(output, torch.tensor(results["confusion"]), list(results["class_top1"]), formats=formats)
     return ["confusion"]
 
@@ -255,7 +285,7 @@ def main(argv=None):
         if args.output is None and len(args.folders) > 1:
             raise ValueError("several runs in common figures need --output DIR")
         output = args.folders[0] if args.output is None else args.output
-        os.makedirs(output, exist_ok=True)
+        make_folder(output)
         names = plot_runs(args.folders, output, args.format)
         if len(args.folders) == 1:
             names += plot_results(args.folders[0], output, args.format)

@@ -8,7 +8,7 @@ from utils.style import COLORS, DASHES, FORMATS, GRAY, drawing, plain_numbers
 
 QUERIES, NEIGHBORS = 12, 6          # of the gallery
 CLASS_NUMBER_LIMIT = 20             # with more classes there is no room for their names
-DISTANCE_BINS = numpy.linspace(0, 2, 81)
+DISTANCE_BINS = numpy.linspace(0, 2, 101)
 CLASS_COLORS = (  # Paul Tol's muted scheme, for any color vision
     "#332288", "#cc6677", "#ddcc77", "#117733", "#88ccee", "#882255", "#44aa99", "#999933", "#aa4499", "#555555",
 )
@@ -106,7 +106,7 @@ def plot_confusion(folder, confusion, classes, name="confusion", formats=FORMATS
     named = count <= CLASS_NUMBER_LIMIT
     with drawing(folder, name, *((4.6, 4.2) if named else (6.0, 5.4)), formats=formats) as figure:
         axes = figure.subplots()
-        picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+        picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100 if named else max(1, shares.max()))
         axes.grid(False)
         if named:
             axes.set_xticks(range(count), classes, rotation=45, ha="right", rotation_mode="anchor")
@@ -156,7 +156,8 @@ def plot_distances(folder, distances, words):
         axes.set_title("distances: two views (filled), two pictures (line)", loc="left")
         axes.set_xlabel("distance of l2-normalized features")
         axes.set_ylabel("% of the pairs")
-        axes.set_xlim(0, 2)
+        farthest = max(float(values.max()) for pair in distances.values() for values in pair)
+        axes.set_xlim(0, max(1.5, farthest))  # after a ReLU, as here, √2 is the farthest
         axes.annotate("√2: orthogonal", (2**0.5, 1), (3, -3), xycoords=("data", "axes fraction"), textcoords="offset points", va="top", rotation=90, fontsize=7, color=GRAY)
         axes.axvline(2**0.5, color=GRAY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
         figure.legend(handles=handles, loc="outside lower left")

@@ -24,22 +24,27 @@ def set_quiet(quiet):
 def say(text):
     """Print a line to stdout, above a bar; not with --quiet."""
     if not Bar.quiet:
-        tqdm.write(text)
+        tell(text)
+
+
+def tell(text):
+    """The same with --quiet too: for results, and for what one has to know."""
+    tqdm.write(text)
 
 
 class Progress:
     """The epochs of a run, `done` of `epochs` when it begins, as a context.
 
-    On a terminal one bar for the whole run, with the newest figures beside it; elsewhere, as in a log file, lines:
-    at most one in EVERY seconds, and those to be kept.
+    On a terminal one bar for the whole run, with the newest figures beside it; elsewhere, as in a log file, lines. In each EVERY
+    seconds there is at most one for an epoch's figures, or, in a longer epoch, for how far it is; and those to be kept.
     """
 
     def __init__(self, epochs, done):
         self.epochs, self.first, self.done = epochs, done, done
-        self.begin = self.spoken = time.monotonic()
+        self.begin = self.spoken = self.reported = self.epoch_begin = time.monotonic()
         self.bar = Bar(
             total=epochs, initial=done, smoothing=0, mininterval=0.2,
-            bar_format="{bar}| {n:.1f}/{total} [{elapsed}<{remaining}{postfix}]",
+            bar_format="{bar}| {n:.1f}/{total} epochs [{elapsed}<{remaining}{postfix}]",
         )
 
     def __enter__(self):
@@ -59,7 +64,7 @@ class Progress:
         """After a step: how many epochs are done, with a fraction."""
         self.done = done
         self.bar.update(done - self.bar.n)
-        if self.bar.disable and time.monotonic() - self.spoken > EVERY:
+        if self.bar.disable and done % 1 and time.monotonic() - max(self.spoken, self.epoch_begin) > EVERY:
             self.line(f"{100 * (done % 1):.0f} % of the epoch")
 
     def epoch(self, done, line, keep, beside):
@@ -68,8 +73,10 @@ class Progress:
         self.done = done
         self.bar.update(done - self.bar.n)
         self.bar.set_postfix_str(beside)
-        if keep or (self.bar.disable and time.monotonic() - self.spoken > EVERY):
+        if keep or (self.bar.disable and time.monotonic() - self.reported > EVERY):
             self.line(line)
+            self.reported = self.spoken
+        self.epoch_begin = time.monotonic()
 
     def line(self, text):
         self.spoken = time.monotonic()

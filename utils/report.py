@@ -11,28 +11,36 @@ import statistics
 
 from utils import checkpoint, log, plot
 from utils.cli import Parser
-from utils.run import BACKBONE, CONFIG, EVALUATION_CHECKPOINT, RESULTS
-from utils.style import printable
+from utils.published import KNN, LINEAR
+from utils.resume import NOT_KEPT
+from utils.run import BACKBONE, CHECKPOINT, EVALUATION_CHECKPOINT, PAGE_SECONDS, RESULTS, RUNNING, read_config
 
 REPORT, FEATURES = "report.html", "features.json"
-RELOAD = 20  # seconds, while the run goes on
+def captions(settings):
+    """The figures in the order of the page, as far as a folder may have them, with the words under them: svg where it is drawn,
+    png where it is pictures."""
+    linear, cifar10 = "pretrained" in settings, settings.get("dataset") == "cifar10"
+    published = LINEAR if linear else KNN
+    notes = ", ".join(f"{point.source} {point.top1:g} ({point.note})" for point in published if point.note)
+    marks = f" The marks are end points that others published for width 64 and all pictures; their protocols differ: {notes}." if cifar10 else ""
+    few = settings.get("dataset") != "cifar100"
+    return {
+        "loss-plot.svg": "The classifier's cross-entropy on the training batches." if linear else "The loss. Near −1 with std·√d near 0 is a collapse and not a success.",
+        "top1-acc.svg": f"Top-1 accuracy of {'the classifier' if linear else 'kNN'} on the test pictures.{marks}",
+        "std.svg": "std·√d of the l2-normalized outputs z: near 1 where they spread over all directions, 0 where they are all one.",
+        "throughput.svg": "Views that were trained on in a second.",
+        "learning-rate.svg": "The learning rate of each epoch.",
+        "views.png": "Pictures with the outlines of both crops, and the two views of each, with what was drawn for them: crop (height × width at row, column), flip, color jitter in its order, gray.",
+        "confusion.svg": "Which classes the linear classifier takes for which.",
+        "neighbors.png": "Test pictures and their nearest training pictures by the cosine similarity of features. Dashed: of another class, which is named.",
+        "map-pca.png": f"The test features by their principal components{'; the names are at the medians of their classes' if few else ', a color a class'}.",
+        "map-tsne.png": "The test features by t-SNE: nearby points are neighbors; distances between groups mean nothing.",
+        "knn-confusion.svg": "Which classes kNN takes for which.",
+        "spectrum.svg": "How the features' variance spreads over dimensions. A spectrum that breaks off is a dimensional collapse.",
+        "distances.svg": "Distances of the features of two views of a picture, and of two pictures: the first are to be small beside the second.",
+    }
 
-# In this order, with these words under them, as far as the folder has them; svg where it is drawn, png where it is pictures.
-FIGURES = (
-    ("loss-plot.svg", "The loss. Near −1 with std·√d near 0 is a collapse and not a success."),
-    ("top1-acc.svg", "Top-1 accuracy on the test pictures. The marks are published end points of full-size runs; their protocols differ."),
-    ("std.svg", "std·√d of the l2-normalized outputs z: near 1 where they spread over all directions, 0 where they are all one."),
-    ("throughput.svg", "Views that were trained on in a second."),
-    ("learning-rate.svg", "The learning rate of each epoch."),
-    ("views.png", "Pictures with the outlines of both crops, and the two views of each, with what was drawn for them: crop (height × width at row, column), flip, color jitter in its order, gray."),
-    ("confusion.svg", "Which classes the linear classifier takes for which."),
-    ("neighbors.png", "Test pictures and their nearest training pictures by the cosine similarity of features. Dashed: of another class, which is named."),
-    ("map-pca.png", "The test features by their principal components; the names are at the medians of their classes."),
-    ("map-tsne.png", "The test features by t-SNE: nearby points are neighbors; distances between groups mean nothing."),
-    ("knn-confusion.svg", "Which classes kNN takes for which."),
-    ("spectrum.svg", "How the features' variance spreads over dimensions. A spectrum that breaks off is a dimensional collapse."),
-    ("distances.svg", "Distances of the features of two views of a picture, and of two pictures: the first are to be small and the second large."),
-)
+
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: .2rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc; }
@@ -49,8 +57,8 @@ WIDE = {"views.png", "neighbors.png"}
 
 
 def text(value):
-    """A value as HTML text."""
-    return html.escape(printable(str(value)) if not isinstance(value, str) else value.encode(errors="backslashreplace").decode())
+    """A value as HTML text; it may hold bytes that are no text."""
+    return html.escape(str(value).encode(errors="backslashreplace").decode())
 
 
 def number(value, form):
@@ -90,7 +98,7 @@ def pretraining_results(records, settings):
         facts = f"<p>{minutes:,.1f} minutes of training, without kNN; median {speed:,.0f} views/s.</p>"
     return table(
         ("after epoch", "loss", "std·√d", "kNN k = 1 (%)", "kNN k = 200 (%)"), rows,
-        f"kNN on {settings.get('test_size') or 'all'} test pictures, the training pictures in use as the bank. The last row is the result.",
+        f"kNN on {settings.get('test_size') or 'all'} test pictures, the training pictures in use as the bank.",
     ) + facts
 
 
@@ -102,13 +110,15 @@ def thinned(rows, most=12):
 
 
 def linear_results(records, results):
-    """The last epoch, the best beside it, and the classes."""
-    last = records[-1]
-    rows = [(f"top-1, last epoch ({last['epoch']})" + (" so far" if results is None else ""), f"{last['test_top1']:.2f}" + (f" ± {last['test_top1_std']:.2f}" if "test_top1_std" in last else ""))]
+    """The last epoch, the best beside it, and the classes; of a saved classifier, which has no epochs, what its test gave."""
+    last = records[-1] if records else results
+    when = f", last epoch ({last['epoch']})" if records else ""
+    rows = [(f"top-1{when}", f"{last['test_top1']:.2f}" + (f" ± {last['test_top1_std']:.2f}" if "test_top1_std" in last else ""))]
     if "test_top5" in last:
-        rows.append((f"top-5, last epoch ({last['epoch']})", f"{last['test_top5']:.2f}"))
-    best = max(records, key=lambda record: record["test_top1"])
-    rows.append((f"top-1, best epoch ({best['epoch']}): chosen on the test pictures and so not the result", f"{best['test_top1']:.2f}"))
+        rows.append((f"top-5{when}", f"{last['test_top5']:.2f}"))
+    if records:
+        best = max(records, key=lambda record: record["test_top1"])
+        rows.append((f"top-1, best epoch ({best['epoch']}): chosen on the test pictures and so not the result", f"{best['test_top1']:.2f}"))
     page = table(("linear classifier", "%"), rows, f"{results['pictures']:,} test pictures" if results else "")
     if results:
         page += table(("class", "top-1 (%)"), [(name, number(value, ".1f")) for name, value in results["class_top1"].items()])
@@ -126,7 +136,8 @@ def feature_results(path):
     return table(
         ("features", "alignment", "uniformity", "effective rank"), rows,
         "Alignment: mean squared distance of two views' l2-normalized features. Uniformity: log of the mean of exp(−2 d²) over all pairs of "
-        "test pictures. Both are better the smaller they are. Effective rank: exp of the entropy of the covariance's eigenvalues.",
+        "test pictures. Only both together mean something: features that are all one have an alignment of 0, and a uniformity of 0, the worst. "
+        "Effective rank: exp of the entropy of the eigenvalues of the covariance of l2-normalized features.",
     )
 
 
@@ -139,39 +150,48 @@ def evaluation_command(settings, folder, on_cpu):
     return shlex.join(words)
 
 
+def typed_again(argv):
+    """The command of a run for another one like it: without what is of its process or names its folder."""
+    options = {f"--{name}" for name in (*NOT_KEPT, "trial")}
+    words, skip = ["python", os.path.basename(argv[0])], False
+    for word in argv[1:]:
+        if not (skip or word.split("=")[0] in options):
+            words.append(word)
+        skip = not skip and word in options - {"--quiet"}
+    return shlex.join(words)
+
+
 def commands(config, folder, linear):
     """What makes the run again, and what follows."""
-    script, *args = config["argv"]
-    lines = [shlex.join(["python", os.path.basename(script), *args])]
-    if config["commit"]:
-        lines.insert(0, f"git checkout {config['commit'].removesuffix('-dirty')}" + ("    # and changes that were not committed" if config["commit"].endswith("-dirty") else ""))
-    settings = config["settings"]
+    lines, settings = [typed_again(config["argv"])], config["settings"]
+    commit = config["commit"]
+    if commit:
+        changed = "    # and changes that were not committed" if commit.endswith("-dirty") else ""
+        lines.insert(0, f"git checkout {commit.removesuffix('-dirty')}{changed}")
     if not linear:
         lines.append(evaluation_command(settings, folder, config["device"].startswith("CPU")))
         lines.append(shlex.join(["python", "visualize.py", "--pretrained", folder, settings["data_root"]]))
     return "\n".join(lines)
 
 
-def state_of(records, config, folder, running):
-    """Where the run stands, in words."""
-    epochs = config["settings"].get("epochs")
-    last = records[-1]["epoch"] if records else 0
-    if running:
-        return f"Running: {last} of {epochs} epochs done."
-    if last == epochs:
-        return f"Finished: {epochs} epochs."
-    script = "main_lincls.py" if os.path.exists(os.path.join(folder, EVALUATION_CHECKPOINT)) else "main.py"
-    name = EVALUATION_CHECKPOINT if script == "main_lincls.py" else "checkpoint.pt"
-    return f"Stopped: {last} of {epochs} epochs done. To go on: python {script} --resume {shlex.quote(os.path.join(folder, name))}"
+def state_of(records, settings, results, folder):
+    """Where a run that is not at work stands, in words."""
+    linear, epochs = "pretrained" in settings, settings["epochs"]
+    done = records[-1]["epoch"] if records else 0
+    if results is not None or (done == epochs and not linear):
+        return "Finished."
+    script, name = ("main_lincls.py", EVALUATION_CHECKPOINT) if linear else ("main.py", CHECKPOINT)
+    how = f" To go on: python {script} --resume {shlex.quote(os.path.join(folder, name))}" if os.path.exists(os.path.join(folder, name)) else ""
+    return f"Stopped: {done} of {epochs} epochs done.{how}"
 
 
 # ---------------------------------------------------------------------------------------------------
 # The page
 
 
-def figures(folder):
+def figures(folder, settings):
     parts = []
-    for name, words in FIGURES:
+    for name, words in captions(settings).items():
         path = os.path.join(folder, name)
         if os.path.exists(path):
             with open(path, "rb") as file:
@@ -181,21 +201,26 @@ def figures(folder):
     return f"<div class=figures>{''.join(parts)}</div>"
 
 
-def write_report(folder, running=False):
-    """Write report.html in the folder of a run of main.py or main_lincls.py from what is in it. running: whether the page is to
-    load itself again and again. Raises OSError, and ValueError where config.json is none."""
-    config = log.read_json(os.path.join(folder, CONFIG))
-    records = log.read(folder, empty=True)
+def write_report(folder, state=None):
+    """Write report.html in the folder of a run of main.py or main_lincls.py from what is in it. state: how the run stands, in
+    words (default: by what is in the folder); while RUNNING the page loads itself again and again. Raises OSError, and
+    ValueError where config.json is none."""
+    config, records = read_config(folder), log.read(folder, empty=True)
     path = os.path.join(folder, RESULTS)
     results = log.read_json(path) if os.path.exists(path) else None
     settings = config["settings"]
-    linear = "pretrained" in settings
+    linear, running = "pretrained" in settings, state == RUNNING
     name = os.path.basename(os.path.abspath(folder))
     now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+    if running:
+        state = f"Running: {records[-1]['epoch'] if records else 0} of {settings['epochs']} epochs done."
+    elif state is None:
+        state = state_of(records, settings, results, folder)
+    reload = f" This page loads itself again every {PAGE_SECONDS} seconds; if its time stands still, the run has ended." if running else ""
     if not records and results is None:
         outcome = "<p>No epoch is done yet.</p>"
     elif linear:
-        outcome = linear_results(records or [{**results, "epoch": 0}], results)
+        outcome = linear_results(records, results)
     else:
         outcome = pretraining_results(records, settings)
     path = os.path.join(folder, FEATURES)
@@ -208,7 +233,7 @@ def write_report(folder, running=False):
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-{f'<meta http-equiv="refresh" content="{RELOAD}">' if running else ''}
+{f'<meta http-equiv="refresh" content="{PAGE_SECONDS}">' if running else ''}
 <link rel="icon" href="data:,">
 <title>{text(name)}</title>
 <style>{STYLE}</style>
@@ -216,17 +241,17 @@ def write_report(folder, running=False):
 <body>
 <main>
 <h1>{text(name)}</h1>
-<p class="status">{what} by SimSiam, {text(settings['arch'])}, {text(settings['dataset'])}, {text(config['device'])}. {text(state_of(records, config, folder, running))} Written {now}{f'; this page loads itself again every {RELOAD} seconds' if running else ''}.</p>
+<p class="status">{what} by SimSiam, {text(settings['arch'])}, {text(settings['dataset'])}, {text(config['device'])}. {text(state)} Written {now}.{reload}</p>
 <h2>Results</h2>
 {outcome}
 <h2>Figures</h2>
-{figures(folder)}
+{figures(folder, settings)}
 <h2>Commands</h2>
 <pre><code>{text(commands(config, folder, linear))}</code></pre>
 <h2>Settings</h2>
-<div class="settings">{table((), [(key, '–' if value is None else shlex.join(map(str, value)) if isinstance(value, list) else value) for key, value in settings.items()], numbers_from=9)}</div>
+<div class="settings">{table((), list(map(shown, settings.items())), numbers_from=2)}</div>
 <h2>Environment</h2>
-<div class="settings">{table((), [(key, '–' if value is None else value) for key, value in environment.items()], numbers_from=9)}</div>
+<div class="settings">{table((), list(map(shown, environment.items())), numbers_from=2)}</div>
 </main>
 </body>
 </html>
@@ -234,10 +259,18 @@ def write_report(folder, running=False):
     checkpoint.write(os.path.join(folder, REPORT), page.encode(errors="backslashreplace"))
 
 
-def draw_run(folder, running=False):
-    """The figures of a run, as far as it has come, and the report."""
+def shown(item):
+    """A name and its value, as a row of a table."""
+    name, value = item
+    if isinstance(value, list):
+        return name, shlex.join(map(str, value))
+    return name, "–" if value is None else value
+
+
+def draw_run(folder, state=None):
+    """The figures of a run, as far as it has come, and the report, `write_report`."""
     plot.plot_run(folder)
-    write_report(folder, running)
+    write_report(folder, state)
 
 
 def make_parser():
@@ -248,10 +281,12 @@ def make_parser():
 
 def main(argv=None):
     parser = make_parser()
-    for folder in parser.parse_args(argv).folders:
-        with parser.user_errors():
-            draw_run(folder)
-            print(os.path.join(folder, REPORT))
+
+    def write(folder):
+        draw_run(folder)
+        print(os.path.join(folder, REPORT))
+
+    parser.for_each(parser.parse_args(argv).folders, write)
 
 
 if __name__ == "__main__":

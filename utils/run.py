@@ -1,5 +1,6 @@
 """The folder of a run: made, locked, and written to as far as the disk allows."""
 import fcntl
+import math
 import os
 import platform
 import subprocess
@@ -16,7 +17,8 @@ from utils.cli import warn
 from utils.device import describe
 
 CHECKPOINT, BACKBONE, CONFIG, UNTRAINED = "checkpoint.pt", "backbone.pt", "config.json", "untrained.pt"
-DRAWING_SHARE = 0.01
+DRAWING_SHARE, PAGE_SECONDS = 0.01, 20  # of figures while a run goes on; from one page to the next
+RUNNING = "Running"
 EVALUATION_CHECKPOINT, RESULTS = "evaluation.pt", "results.json"  # what main_lincls.py resumes from, and its results
 
 
@@ -82,6 +84,18 @@ def write_config(folder, settings, device):
     log.write_json(os.path.join(folder, CONFIG), config)
 
 
+def read_config(folder):
+    """What write_config wrote. Raises OSError, and ValueError for a file that is not that."""
+    path = os.path.join(folder, CONFIG)
+    config = log.read_json(path)
+    parts = {"argv": list, "settings": dict, "device": str, "versions": dict}
+    if not isinstance(config, dict) or "commit" not in config or not all(isinstance(config.get(part), of) for part, of in parts.items()):
+        raise ValueError(f"{path}: not a run's settings; there have to be {', '.join(parts)} and commit")
+    if not {"arch", "dataset", "data_root", "epochs"} <= config["settings"].keys():
+        raise ValueError(f"{path}: not the settings of a run of main.py or main_lincls.py")
+    return config
+
+
 def lock(folder):
     """Take the folder for this process: an exclusive lock on its log, which the kernel drops when the process ends,
     however it ends. Returns the open file, to be kept. Raises ValueError if another process has it."""
@@ -107,7 +121,7 @@ class RunWriter:
     def __init__(self, folder, saved_epoch=None, board=False):
         self.folder, self.lock = folder, lock(folder)
         self.lines, self.unsaved, self.saved_epoch = [], None, saved_epoch
-        self.begin, self.drawing_seconds = time.monotonic(), 0.0
+        self.begin, self.page_written, self.drawing_seconds = time.monotonic(), -math.inf, 0.0
         self.board = Board(folder, saved_epoch) if board else None
 
     def path(self, name):
@@ -143,9 +157,16 @@ class RunWriter:
         if self.board is not None:
             try:
                 add(self.board, *args)
-            except OSError as error:
+            except Exception as error:  # of any kind, as above
                 warn(f"{self.folder}: nothing more for TensorBoard ({error})")
                 self.board = None
+
+    def read_log(self):
+        """The log's records so far; none if it cannot be read."""
+        try:
+            return log.read(self.folder, empty=True)
+        except (OSError, ValueError):
+            return []
 
     def write(self, files, epoch):
         """Write `files`, states by their names in the folder, in this order, or raise OSError. The last one is what a
@@ -160,15 +181,20 @@ class RunWriter:
         self.attempt(self.write, files, epoch)
 
     def draw(self, plot, *args):
-        """Call plot(folder, *args), which makes figures; a run does not fail for want of them."""
-        begin = time.monotonic()
+        """Call plot(folder, *args), which makes figures or a page; a run does not fail for want of them."""
         try:
             plot(self.folder, *args)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of any kind: somebody may have changed what is in the folder
             warn(f"{self.folder}: no figures ({error})")
         self.show(Board.figures)
-        self.drawing_seconds += time.monotonic() - begin
+        self.page_written = time.monotonic()
 
-    def may_draw(self):
-        """Whether it is time for figures: those so far have taken less than DRAWING_SHARE of the time."""
-        return self.drawing_seconds < DRAWING_SHARE * (time.monotonic() - self.begin)
+    def show_progress(self, draw_run, write_report):
+        """While the run goes on: draw_run(folder, RUNNING) as long as that takes DRAWING_SHARE of the time, else
+        write_report(folder, RUNNING), which takes next to none, every PAGE_SECONDS."""
+        now = time.monotonic()
+        if self.drawing_seconds <= DRAWING_SHARE * (now - self.begin):
+            self.draw(draw_run, RUNNING)
+            self.drawing_seconds += time.monotonic() - now
+        elif now - self.page_written > PAGE_SECONDS:
+            self.draw(write_report, RUNNING)

@@ -13,6 +13,7 @@ DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1)), (0, (
 GRAY = "0.45"
 FORMATS = ("png", "svg")
 DPI = 200
+LONGEST_NAME = 40
 STYLE = {
     "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True,
@@ -35,9 +36,21 @@ def drawing(folder, name, width=4.2, height=3.0, formats=FORMATS, layout="constr
             figure.set_layout_engine("none")  # it is laid out
 
 
+def make_folder(folder):
+    """Make a folder for figures, unless it is there. Raises OSError where it cannot be made or written to."""
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        raise NotADirectoryError(f"{folder} is not a folder; take another one for the figures")
+    os.makedirs(folder, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder}: no permission to write figures there")
+
+
 def printable(name):
-    """A name as a figure can show it: it may hold bytes that are no text, and dollar signs that are no formula."""
-    return name.encode(errors="backslashreplace").decode().replace("$", r"\$")
+    """A name as a figure can show it: it may be long, or hold bytes that are no text, line ends, and dollar signs that are no
+    formula."""
+    name = "".join(letter if letter.isprintable() else "?" for letter in name.encode(errors="backslashreplace").decode())
+    name = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME - 1]}…"
+    return name.replace("$", r"\$")
 
 
 def plain_numbers(axis):
