@@ -26,11 +26,11 @@ from utils.device import autocast, select_device, select_precision
 from utils.features import extract_features
 from utils.knn import K, TEMPERATURE, nearest, vote
 from utils.metrics import alignment, confusion_matrix, effective_rank, principal_components, spectrum, uniformity
-from utils.plot import read_settings
 from utils.plot_features import NEIGHBORS, QUERIES, plot_confusion, plot_distances, plot_map, plot_neighbors, plot_spectrum
 from utils.progress import say, set_quiet
 from utils.report import FEATURES, REPORT, write_report
 from utils.run import BACKBONE, CONFIG, UNTRAINED
+from utils.runs import read_settings
 from utils.style import make_folder
 
 SOME_PAIRS = 100_000  # of pictures, for the distribution of their distances

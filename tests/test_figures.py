@@ -17,6 +17,7 @@ import main as pretraining
 import visualize
 from conftest import REPO, SMALL
 from utils import log, metrics, plot, plot_features, plot_views, report, style
+from utils import runs as runs_module
 from utils.augment import Draws, apply_two_views, denormalize, draw_views, normalize
 from utils.published import KNN
 
@@ -93,8 +94,8 @@ def test_seeds_become_a_mean_with_a_band(tmp_path, axes_of):
 
 def test_a_mean_is_of_the_epochs_that_all_runs_have():
     runs = [[{"epoch": 1, "loss": 1.0}, {"epoch": 2, "loss": 2.0}], [{"epoch": 0, "knn1": 3.0}, {"epoch": 1, "loss": 3.0}]]
-    assert plot.spread(runs, "loss") == ([1], [2.0], [pytest.approx(math.sqrt(2))])
-    assert plot.spread(runs, "lr") == ([], [], [])
+    assert runs_module.spread(runs, "loss") == ([1], [2.0], [pytest.approx(math.sqrt(2))])
+    assert runs_module.spread(runs, "lr") == ([], [], [])
 
 
 def test_labels_keep_apart_in_the_order_of_their_values():
@@ -120,7 +121,7 @@ def test_runs_of_unequal_length_are_all_seen(tmp_path, axes_of):
     (["a0", "a1", "a2", "b3"], "a0 to b3: 4 seeds"), (["one run"], "one run"),
 ])
 def test_what_runs_are_called(names, label):
-    assert plot.label_of([(f"experiments/{name}", [], {"seed": i}) for i, name in enumerate(names)]) == label
+    assert runs_module.label_of([(f"experiments/{name}", [], {"seed": i}) for i, name in enumerate(names)]) == label
 
 
 def test_the_same_folder_twice_is_one_run(tmp_path, axes_of):

@@ -1,5 +1,4 @@
 """How far a run is: a bar where stderr is a terminal, else a line every so often; and silence for --quiet."""
-import sys
 import time
 
 from tqdm import tqdm

@@ -2,80 +2,19 @@
 
     python -m utils.report FOLDER...        # again, with the figures of the log, in each run's folder
 """
-import base64
 import datetime
-import html
 import os
 import shlex
 import statistics
 
 from utils import checkpoint, log, plot
 from utils.cli import Parser
+from utils.page import figure, number, page, table, table_of, text
 from utils.published import KNN, LINEAR
 from utils.resume import NOT_KEPT
 from utils.run import BACKBONE, CHECKPOINT, EVALUATION_CHECKPOINT, PAGE_SECONDS, RESULTS, RUNNING, read_config
 
 REPORT, FEATURES = "report.html", "features.json"
-def captions(settings):
-    """The figures in the order of the page, as far as a folder may have them, with the words under them: svg where it is drawn,
-    png where it is pictures."""
-    linear, cifar10 = "pretrained" in settings, settings.get("dataset") == "cifar10"
-    published = LINEAR if linear else KNN
-    notes = ", ".join(f"{point.source} {point.top1:g} ({point.note})" for point in published if point.note)
-    marks = f" The marks are end points that others published for width 64 and all pictures; their protocols differ: {notes}." if cifar10 else ""
-    few = settings.get("dataset") != "cifar100"
-    return {
-        "loss-plot.svg": "The classifier's cross-entropy on the training batches." if linear else "The loss. Near −1 with std·√d near 0 is a collapse and not a success.",
-        "top1-acc.svg": f"Top-1 accuracy of {'the classifier' if linear else 'kNN'} on the test pictures.{marks}",
-        "std.svg": "std·√d of the l2-normalized outputs z: near 1 where they spread over all directions, 0 where they are all one.",
-        "throughput.svg": "Views that were trained on in a second.",
-        "learning-rate.svg": "The learning rate of each epoch.",
-        "views.png": "Pictures with the outlines of both crops, and the two views of each, with what was drawn for them: crop (height × width at row, column), flip, color jitter in its order, gray.",
-        "confusion.svg": "Which classes the linear classifier takes for which.",
-        "neighbors.png": "Test pictures and their nearest training pictures by the cosine similarity of features. Dashed: of another class, which is named.",
-        "map-pca.png": f"The test features by their principal components{'; the names are at the medians of their classes' if few else ', a color a class'}.",
-        "map-tsne.png": "The test features by t-SNE: nearby points are neighbors; distances between groups mean nothing.",
-        "knn-confusion.svg": "Which classes kNN takes for which.",
-        "spectrum.svg": "How the features' variance spreads over dimensions. A spectrum that breaks off is a dimensional collapse.",
-        "distances.svg": "Distances of the features of two views of a picture, and of two pictures: the first are to be small beside the second.",
-    }
-
-
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: .2rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc; }
-table { border-collapse: collapse; margin: .8rem 0; } th, td { padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #e5e5e5; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; } caption { text-align: left; color: #555; font-size: .9rem; }
-pre { background: #f4f4f4; padding: .7rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; } code { font-size: .9em; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1.2rem; }
-figure { margin: 0; } figure.wide { grid-column: 1 / -1; } img { width: 100%; height: auto; } figcaption { font-size: .85rem; color: #555; }
-.status { color: #555; margin-top: 0; } .settings td { overflow-wrap: anywhere; font-size: .9rem; }
-@media print { body { max-width: none; margin: 0; } figure, table { break-inside: avoid; } }
-"""
-MIME = {"svg": "image/svg+xml", "png": "image/png"}
-WIDE = {"views.png", "neighbors.png"}
-
-
-def text(value):
-    """A value as HTML text; it may hold bytes that are no text."""
-    return html.escape(str(value).encode(errors="backslashreplace").decode())
-
-
-def number(value, form):
-    return "–" if value is None else f"{value:{form}}".replace("-", "−")
-
-
-def table(head, rows, caption="", numbers_from=1):
-    """A table; from the column `numbers_from` on the cells stand to the right."""
-    def cells(row, tag):
-        return "".join(
-            f"<{tag}{' class=number' if i >= numbers_from else ''}>{text(cell)}</{tag}>" for i, cell in enumerate(row)
-        )
-
-    return (
-        "<table>" + (f"<caption>{text(caption)}</caption>" if caption else "") + (f"<thead><tr>{cells(head, 'th')}</tr></thead>" if head else "")
-        + "<tbody>" + "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows) + "</tbody></table>"
-    )
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -189,16 +128,40 @@ def state_of(records, settings, results, folder):
 # The page
 
 
+WIDE = {"views.png", "neighbors.png"}  # figures that take both columns
+
+
+def captions(settings):
+    """The figures in the order of the page, as far as a folder may have them, with the words under them: svg where it is drawn,
+    png where it is pictures."""
+    linear, cifar10 = "pretrained" in settings, settings.get("dataset") == "cifar10"
+    published = LINEAR if linear else KNN
+    notes = ", ".join(f"{point.source} {point.top1:g} ({point.note})" for point in published if point.note)
+    marks = f" The marks are end points that others published for width 64 and all pictures; their protocols differ: {notes}." if cifar10 else ""
+    few = settings.get("dataset") != "cifar100"
+    return {
+        "loss-plot.svg": "The classifier's cross-entropy on the training batches." if linear else "The loss. Near −1 with std·√d near 0 is a collapse and not a success.",
+        "top1-acc.svg": f"Top-1 accuracy of {'the classifier' if linear else 'kNN'} on the test pictures.{marks}",
+        "std.svg": "std·√d of the l2-normalized outputs z: near 1 where they spread over all directions, 0 where they are all one.",
+        "throughput.svg": "Views that were trained on in a second.",
+        "learning-rate.svg": "The learning rate of each epoch.",
+        "views.png": "Pictures with the outlines of both crops, and the two views of each, with what was drawn for them: crop (height × width at row, column), flip, color jitter in its order, gray.",
+        "confusion.svg": "Which classes the linear classifier takes for which.",
+        "neighbors.png": "Test pictures and their nearest training pictures by the cosine similarity of features. Dashed: of another class, which is named.",
+        "map-pca.png": f"The test features by their principal components{'; the names are at the medians of their classes' if few else ', a color a class'}.",
+        "map-tsne.png": "The test features by t-SNE: nearby points are neighbors; distances between groups mean nothing.",
+        "knn-confusion.svg": "Which classes kNN takes for which.",
+        "spectrum.svg": "How the features' variance spreads over dimensions. A spectrum that breaks off is a dimensional collapse.",
+        "distances.svg": "Distances of the features of two views of a picture, and of two pictures: the first are to be small beside the second.",
+    }
+
+
 def figures(folder, settings):
-    parts = []
+    """Yield the figures that the folder has, as HTML."""
     for name, words in captions(settings).items():
         path = os.path.join(folder, name)
         if os.path.exists(path):
-            with open(path, "rb") as file:
-                content = base64.b64encode(file.read()).decode()
-            wide = " class=wide" if name in WIDE else ""
-            parts.append(f'<figure{wide}><img alt="{text(words)}" src="data:{MIME[name[-3:]]};base64,{content}"><figcaption>{text(words)}</figcaption></figure>')
-    return f"<div class=figures>{''.join(parts)}</div>"
+            yield figure(path, words, name in WIDE)
 
 
 def write_report(folder, state=None):
@@ -227,44 +190,16 @@ def write_report(folder, state=None):
     if os.path.exists(path):
         outcome += feature_results(path)
     what = "Linear evaluation" if linear else "Pre-training"
-    environment = {"device": config["device"], "commit": config["commit"], **config["versions"]}
-    page = f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-{f'<meta http-equiv="refresh" content="{PAGE_SECONDS}">' if running else ''}
-<link rel="icon" href="data:,">
-<title>{text(name)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<main>
-<h1>{text(name)}</h1>
-<p class="status">{what} by SimSiam, {text(settings['arch'])}, {text(settings['dataset'])}, {text(config['device'])}. {text(state)} Written {now}.{reload}</p>
-<h2>Results</h2>
-{outcome}
-<h2>Figures</h2>
-{figures(folder, settings)}
-<h2>Commands</h2>
-<pre><code>{text(commands(config, folder, linear))}</code></pre>
-<h2>Settings</h2>
-<div class="settings">{table((), list(map(shown, settings.items())), numbers_from=2)}</div>
-<h2>Environment</h2>
-<div class="settings">{table((), list(map(shown, environment.items())), numbers_from=2)}</div>
-</main>
-</body>
-</html>
-"""
-    checkpoint.write(os.path.join(folder, REPORT), page.encode(errors="backslashreplace"))
-
-
-def shown(item):
-    """A name and its value, as a row of a table."""
-    name, value = item
-    if isinstance(value, list):
-        return name, shlex.join(map(str, value))
-    return name, "–" if value is None else value
+    status = f"{what} by SimSiam, {settings['arch']}, {settings['dataset']}, {config['device']}. {state} Written {now}.{reload}"
+    sections = {
+        "Results": outcome,
+        "Figures": f"<div class=figures>{''.join(figures(folder, settings))}</div>",
+        "Commands": f"<pre><code>{text(commands(config, folder, linear))}</code></pre>",
+        "Settings": table_of(settings),
+        "Environment": table_of({"device": config["device"], "commit": config["commit"], **config["versions"]}),
+    }
+    content = page(name, status, sections, PAGE_SECONDS if running else None)
+    checkpoint.write(os.path.join(folder, REPORT), content.encode(errors="backslashreplace"))
 
 
 def draw_run(folder, state=None):
