@@ -72,12 +72,12 @@ def feature_results(path):
         (name, number(of_one["alignment"], ".3f"), number(of_one["uniformity"], ".2f"), f"{of_one['effective_rank']:.1f} of {of_one['feature_dim']}")
         for name, of_one in networks.items()
     ]
-    return table(
-        ("features", "alignment", "uniformity", "effective rank"), rows,
+    words = (
         "Alignment: mean squared distance of two views' l2-normalized features. Uniformity: log of the mean of exp(−2 d²) over all pairs of "
         "test pictures. Only both together mean something: features that are all one have an alignment of 0, and a uniformity of 0, the worst. "
-        "Effective rank: exp of the entropy of the eigenvalues of the covariance of l2-normalized features.",
+        "Effective rank: exp of the entropy of the eigenvalues of the covariance of l2-normalized features."
     )
+    return table(("features", "alignment", "uniformity", "effective rank"), rows) + f"<p class=status>{words}</p>"
 
 
 def evaluation_command(settings, folder, on_cpu):
@@ -136,7 +136,7 @@ def captions(settings):
     png where it is pictures."""
     linear, cifar10 = "pretrained" in settings, settings.get("dataset") == "cifar10"
     published = LINEAR if linear else KNN
-    notes = ", ".join(f"{point.source} {point.top1:g} ({point.note})" for point in published if point.note)
+    notes = ", ".join(f"{point.source}: {point.top1:g} ({point.note})" for point in published if point.note)
     marks = f" The marks are end points that others published for width 64 and all pictures; their protocols differ: {notes}." if cifar10 else ""
     few = settings.get("dataset") != "cifar100"
     return {
