@@ -189,8 +189,8 @@ def write_report(folder, state=None):
     path = os.path.join(folder, FEATURES)
     if os.path.exists(path):
         outcome += feature_results(path)
-    what = "Linear evaluation" if linear else "Pre-training"
-    status = f"{what} by SimSiam, {settings['arch']}, {settings['dataset']}, {config['device']}. {state} Written {now}.{reload}"
+    what = "Linear evaluation" if linear else "SimSiam pre-training"
+    status = f"{what}, {settings['arch']}, {settings['dataset']}, {config['device']}. {state} Written {now}.{reload}"
     sections = {
         "Results": outcome,
         "Figures": f"<div class=figures>{''.join(figures(folder, settings))}</div>",
