@@ -19,6 +19,7 @@ from conftest import REPO, SMALL
 from utils import log, metrics, plot, plot_features, plot_views, report, style
 from utils import runs as runs_module
 from utils.augment import Draws, apply_two_views, denormalize, draw_views, normalize
+from utils.progress import set_quiet
 from utils.published import KNN
 
 CURVES = ("loss-plot", "top1-acc", "std", "throughput", "learning-rate")
@@ -311,14 +312,17 @@ def test_any_checkpoint_gets_them_in_a_folder_of_its_own(run_with_untrained, tmp
     assert not os.path.exists(tmp_path / "figures" / "report.html")
 
 
-def test_tsne_where_scikit_learn_is(run_with_untrained, tmp_path, monkeypatch, capsys):
+def test_tsne_where_scikit_learn_is(shapes, tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
-    settings = ["--pretrained", str(run_with_untrained), "--output", str(tmp_path)]
-    visualize.main(settings)
+    args = visualize.make_parser().parse_args(["--pretrained", "x", "--output", str(tmp_path)])
+    unit = F.normalize(torch.randn(100, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    data = shapes._replace(test_labels=shapes.test_labels[:100])
+    set_quiet(False)
+    visualize.draw_tsne(args, data, unit)
     assert (tmp_path / "map-tsne.png").exists() and "left out" not in capsys.readouterr().out
     os.remove(tmp_path / "map-tsne.png")
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
-    visualize.main(settings)
+    visualize.draw_tsne(args, data, unit)
     assert not (tmp_path / "map-tsne.png").exists() and "pip install scikit-learn" in capsys.readouterr().out
 
 

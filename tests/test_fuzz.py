@@ -88,7 +88,7 @@ def test_any_arguments_of_main(offline, monkeypatch, tmp_path):
     monkeypatch.setattr("main.pretrain", lambda *args: 0)  # all but the training itself
     codes = []
 
-    @settings(FUZZ, max_examples=80 * TIMES)
+    @settings(FUZZ, max_examples=60 * TIMES)
     @given(options_of(pretraining))
     def fuzz(argv):
         codes.append(check(pretraining, TINY, argv, tmp_path / "here"))

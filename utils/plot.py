@@ -86,10 +86,13 @@ def dress(axes, lines, title, ylabel):
 # The figures
 
 
-def level(axes, y, words, dash=(0, (4, 3))):
-    """A labeled horizontal line across the axes."""
+def level(axes, y, words, dash=(0, (4, 3)), below=False):
+    """A horizontal line across the axes, labeled above or below."""
     axes.axhline(y, color=GRAY, linewidth=0.9, linestyle=dash, zorder=1)
-    axes.annotate(words, (1, y), (0, 4), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", color=GRAY, fontsize=7.5)
+    axes.annotate(
+        words, (1, y), (0, -3 if below else 4), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
+        va="top" if below else "baseline", color=GRAY, fontsize=7.5,
+    )
 
 
 def apart(values, distance):
@@ -164,8 +167,8 @@ def plot_runs(folders, output, formats=FORMATS):
         drawn.append(name)
 
     def finish_loss(axes):
-        axes.set_ylim(-1.03, max(0.02, axes.get_ylim()[1]))
-        level(axes, -1, "−1: all outputs agree", "-")
+        axes.set_ylim(-1.1, max(0.02, axes.get_ylim()[1]))
+        level(axes, -1, "−1: both views' outputs are one", "-", below=True)
 
     def finish_training_loss(axes):
         values = [value for drawn in axes.get_lines() for value in drawn.get_ydata()]
