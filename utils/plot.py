@@ -156,7 +156,7 @@ def plot_runs(folders, output, formats=FORMATS):
         if len(lines) > MANY:
             keys = dict(list(keys.items())[:1])
         labels = len(lines) * len(keys) if len(lines) > 1 else 0
-        with drawing(output, name, height=3.0 + 0.16 * labels, formats=formats) as figure:
+        with drawing(output, name, height=3.0 + 0.19 * labels, formats=formats) as figure:  # as much as a label below takes
             axes = figure.subplots()
             curves(axes, lines, keys)
             low, high = axes.get_xlim()
