@@ -211,7 +211,7 @@ def read_linear(folder, backbone, run):
             raise ValueError(f"--linear {folder}: its {name} is {settings[name]}, the run's {run[name]}")
     name = "classifier.pt" if len(results["seeds"]) == 1 else f"classifier-seed{results['seeds'][0]}.pt"
     protocol = ("dataset", "features", "epochs", "optimizer", "schedule", "batch_size", "lr", "momentum", "weight_decay", "crop_scale", "fraction", "train_size", "mean", "std")
-    kept = ("test_top1", "test_top1_std", "test_top1_of_seeds", "test_top5", "best_top1", "best_epoch", "seeds")
+    kept = ("test_top1", "test_top1_std", log.OF_SEEDS, "test_top5", "best_top1", "best_epoch", "seeds")
     return checkpoint.load(os.path.join(folder, name)), {
         **{key: results[key] for key in kept if key in results}, **{key: settings[key] for key in protocol},
     }

@@ -7,7 +7,7 @@ from matplotlib.lines import Line2D
 from utils.style import COLORS, DASHES, FORMATS, GRAY, drawing, plain_numbers
 
 QUERIES, NEIGHBORS = 12, 6          # of the gallery
-CLASS_NUMBER_LIMIT = 20             # with more classes there is no room for their names
+MOST_NAMED = 20                     # with more classes there is no room for their names
 DISTANCE_BINS = numpy.linspace(0, 2, 101)
 CLASS_COLORS = (  # Paul Tol's muted scheme, for any color vision
     "#332288", "#cc6677", "#ddcc77", "#117733", "#88ccee", "#882255", "#44aa99", "#999933", "#aa4499", "#555555",
@@ -103,7 +103,7 @@ def plot_confusion(folder, confusion, classes, name="confusion", formats=FORMATS
     """
     shares = (100 * confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
     count = len(classes)
-    named = count <= CLASS_NUMBER_LIMIT
+    named = count <= MOST_NAMED
     with drawing(folder, name, *((4.6, 4.2) if named else (6.0, 5.4)), formats=formats) as figure:
         axes = figure.subplots()
         picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100 if named else max(1, shares.max()))
@@ -125,7 +125,6 @@ def plot_spectrum(folder, spectra, ranks):
     with their effective ranks, a dict."""
     with drawing(folder, "spectrum") as figure:
         axes = figure.subplots()
-        lowest = 1.0
         for i, (name, values) in enumerate(spectra.items()):
             shares = (values / values.sum().clamp(min=1e-300)).numpy()
             positive = shares > 1e-12  # the rest is rounding
@@ -133,7 +132,6 @@ def plot_spectrum(folder, spectra, ranks):
                 numpy.arange(1, len(shares) + 1)[positive], shares[positive], color=COLORS[i], linestyle=DASHES[i],
                 label=f"{name}: {ranks[name]:.1f} of {len(shares)}",
             )
-            lowest = min(lowest, shares[positive].min(initial=1.0))
         axes.set_yscale("log")
         plain_numbers(axes.yaxis)
         axes.set_title("spectrum of the features' covariance", loc="left")
