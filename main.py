@@ -2,7 +2,7 @@
 
     python main.py --data_root DIR --arch resnet18 --learning_rate 0.06 --epochs 800 --weight_decay 5e-4 --momentum 0.9 --batch_size 512 --gpu 0
 
-Without a GPU, on real CIFAR-10 (92 minutes on one CPU core; kNN 62 %) and on the built-in shapes (2 minutes on two; 69 to 74 %):
+Without a GPU, on real CIFAR-10 (92 minutes on one CPU core; kNN 62 %) and on the built-in shapes (2 to 4 minutes on two; 69 to 75 %):
 
     python main.py --data_root data --width 16 --batch_size 128 --learning_rate 0.06 --epochs 24
     python main.py --dataset shapes --width 8 --batch_size 64 --learning_rate 0.05 --dim 512 --pred_dim 128 --epochs 8
