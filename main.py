@@ -19,11 +19,13 @@ from utils.cpu import prepare_cpu  # before torch
 
 import torch
 
-from simsiam import ARCHS, SimSiam, feature_std, load_tensors, simsiam_loss
+from simsiam import (
+    ARCHS, HEAD_BN, PREDICTORS, asymmetric_loss, cross_entropy, feature_std, load_tensors, make_simsiam, negative_cosine, simsiam_loss,
+)
 from utils import checkpoint, log
-from utils.augment import apply_two_views, draw_views, epoch_generator
+from utils.augment import SCALE, apply_two_views, apply_views, blurred_views, draw_views, epoch_generator
 from utils.board import require_tensorboard
-from utils.cli import Parser, complain, real_number, run, warn, whole_number
+from utils.cli import Parser, complain, probability, real_number, run, share, warn, whole_number
 from utils.data import DATASETS, batches, load_dataset
 from utils.device import autocast, describe, memory_layout, require_memory, select_device, select_precision
 from utils.graph import GraphedStep, set_rate
@@ -36,6 +38,8 @@ from utils.resume import FORMAT, PRETRAINING, check_unchanged, find_resumed, mac
 from utils.run import BACKBONE, CHECKPOINT, UNTRAINED, RunWriter, new_run_folder, write_config
 from utils.stop import StopRequest
 
+DISTANCES = {"cosine": negative_cosine, "cross_entropy": cross_entropy}
+LOSSES = {"symmetric": simsiam_loss, "asymmetric": asymmetric_loss, "asymmetric_2x": asymmetric_loss}
 LR_PER_256 = 0.03    # the paper's rate for a batch of 256; it scales linearly (appendix D)
 COLLAPSE_EPOCHS = 3  # in a row with std below COLLAPSE_STD, after which it is said
 
@@ -63,6 +67,18 @@ def make_parser():
     training.add_argument("--weight_decay", type=real_number, default=5e-4, metavar="WD", help="of SGD, on all parameters")
     training.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="of the weights, the order and the views")
 
+    study = parser.add_argument_group("the paper's study", "Parts of the method to change, one at a time; ablate.py runs them. Sections and tables are the paper's.")
+    study.add_argument("--stop_gradient", action=argparse.BooleanOptionalAction, default=True, help="of the targets z (Sec. 4.1, Figure 2; default: on)")
+    study.add_argument("--predictor", choices=PREDICTORS, default="learned", help="fixed: at its random beginning; none: p is z (Sec. 4.2, Table 1)")
+    study.add_argument("--fix_pred_lr", action="store_true", help="keep the predictor's rate, without decay (Sec. 4.2, Table 1c)")
+    study.add_argument("--head_bn", choices=HEAD_BN, default="default", help="batch norms in the heads; hidden: of their hidden layers; default: and of the projector's output; all: and of the predictor's (Sec. 4.4, Table 3)")
+    study.add_argument("--similarity", choices=DISTANCES, default="cosine", help="of p and z (Sec. 4.5)")
+    study.add_argument("--symmetry", choices=LOSSES, default="symmetric", help="of the loss; asymmetric: view 1 predicts view 2; asymmetric_2x: of two pairs a picture (Sec. 4.6)")
+    study.add_argument("--warmup_epochs", type=whole_number(0), default=0, metavar="N", help="of the rate, linearly; the paper has 10 of 100 for batches of 1,024 and more (Sec. 4.3)")
+    study.add_argument("--crop_scale", type=share, default=SCALE[0], metavar="MIN", help="smallest share of the picture's area in a view (appendix A)")
+    study.add_argument("--blur", type=probability, default=0.0, metavar="P", help="probability of Gaussian blur in a view; on ImageNet 0.5 (appendix A)")
+    study.add_argument("--zero_init_residual", action="store_true", help="begin each residual block as its shortcut")
+
     device = parser.add_argument_group("device")
     device.add_argument("--gpu", type=int, metavar="N", help="number of the CUDA GPU (default: the first one, else the CPU)")
     device.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="auto: bf16 or fp16 by the GPU, fp32 on the CPU (on newer GPUs fp32 has PyTorch's default, TF32 in the convolutions)")
@@ -87,27 +103,32 @@ def make_parser():
 # One training step
 
 
-def make_train_step(model, optimizer, scaler, precision_context, compiled, layout=torch.channels_last):
+def make_train_step(
+    model, optimizer, scaler, precision_context, compiled, layout=torch.channels_last, loss_function=simsiam_loss, make_views=apply_views,
+):
     """The step as a function: images uint8 [B, 3, H, W] and the Draws of both views -> float32 [3], on the device: the
-    loss, the std, and 1 where fp16's loss scaler skipped the update.
+    loss, the std, and 1 where fp16's loss scaler skipped the update. It takes the Draws of two pairs of views too, and the
+    loss is then the mean of theirs.
 
     precision_context makes the autocast context; scaler is a GradScaler, enabled for fp16 only; layout is the
-    memory format of the views and the model.
+    memory format of the views and the model; loss_function(p1, p2, z1, z2) and make_views are the paper's if not given.
     """
 
-    def views_to_loss(images, draws1, draws2):
-        views = apply_two_views(images, draws1, draws2)
+    def views_to_loss(images, draws1, draws2, *second_pair):
+        if second_pair:
+            return [(a + b) / 2 for a, b in zip(views_to_loss(images, draws1, draws2), views_to_loss(images, *second_pair))]
+        views = apply_two_views(images, draws1, draws2, make_views)
         x1, x2 = (x.contiguous(memory_format=layout) for x in views)  # [B, 3, 32, 32] each
         with precision_context():
             p1, p2, z1, z2 = model(x1, x2)                            # [B, dim] each
-        return simsiam_loss(p1, p2, z1, z2), feature_std(z1)
+        return loss_function(p1, p2, z1, z2), feature_std(z1)
 
     if compiled:
         views_to_loss = torch.compile(views_to_loss, dynamic=False)
 
-    def train_step(images, draws1, draws2):
+    def train_step(images, *draws):
         optimizer.zero_grad(set_to_none=True)  # before the forward pass: its peak memory is without gradients
-        loss, std = views_to_loss(images, draws1, draws2)
+        loss, std = views_to_loss(images, *draws)
         scale = scaler.scale(torch.ones_like(std))
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -122,17 +143,20 @@ def make_train_step(model, optimizer, scaler, precision_context, compiled, layou
 # What an epoch needs
 
 
-def cosine_rate(rate, epoch, epochs):
-    """The learning rate of an epoch, counted from 0: the first has the full rate, the last more than 0."""
-    return rate * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+def cosine_rate(rate, epoch, epochs, warmup=0):
+    """The learning rate of an epoch, counted from 0: the first after `warmup` epochs of linear growth has the full rate, the
+    last more than 0."""
+    if epoch < warmup:
+        return rate * (epoch + 1) / (warmup + 1)
+    return rate * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
 
 
-def draw_epoch(seed, epoch, size, count, image_shape, device):
+def draw_epoch(seed, epoch, size, count, image_shape, device, views=2, **options):
     """Everything random in an epoch, a function of (seed, epoch): `count` of `size` picture numbers in
-    random order, int64 [count], and the Draws of both views of each."""
+    random order, int64 [count], and the Draws of the views of each. options: those of draw_views."""
     generator = epoch_generator(seed, epoch, device)
     order = torch.randperm(size, generator=generator, device=device)[:count]
-    return order, draw_views(count, generator, *image_shape), draw_views(count, generator, *image_shape)
+    return order, *(draw_views(count, generator, *image_shape, **options) for _ in range(views))
 
 
 def is_finite(model):
@@ -151,7 +175,10 @@ def backbone_state(model):
 def build(args, device, state):
     """The model, its optimizer and fp16's loss scaler on the device; from a checkpoint's state, or new for None."""
     def make_model():
-        return SimSiam(ARCHS[args.arch](args.width), args.dim, args.pred_dim, args.num_proj_layers)
+        return make_simsiam(
+            ARCHS[args.arch](args.width), args.dim, args.pred_dim, args.num_proj_layers,
+            args.head_bn, args.predictor, args.stop_gradient, args.zero_init_residual,
+        )
 
     sizes = f"--width {args.width} --dim {args.dim} --pred_dim {args.pred_dim}"
     try:
@@ -164,8 +191,11 @@ def build(args, device, state):
     torch.manual_seed(args.seed)
     model = make_model()
     model.to(device, memory_format=memory_layout(device, args.width, args.batch_size))
+    groups = [model.parameters()]
+    if args.fix_pred_lr:
+        groups = [(*model.backbone.parameters(), *model.projector.parameters()), model.predictor.parameters()]
     optimizer = torch.optim.SGD(
-        model.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay, fused=True
+        [{"params": group} for group in groups], args.learning_rate, args.momentum, weight_decay=args.weight_decay, fused=True
     )
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     if state is not None:
@@ -183,19 +213,24 @@ def pretrain(args, device, data, model, optimizer, scaler, writer, state, stop):
         model, optimizer, scaler, precision_context,
         device.type == "cuda" if args.compile is None else args.compile,
         memory_layout(device, args.width, args.batch_size),
+        partial(LOSSES[args.symmetry], distance=DISTANCES[args.similarity]),
+        blurred_views if args.blur else apply_views,
     )
     if args.cuda_graph:
         train_step = GraphedStep(train_step, model, optimizer)
 
     size, batch = len(data.train_images), args.batch_size
     steps = size // batch  # the last partial batch of an epoch is dropped
-    image_shape = data.train_images.shape[2:]
+    draw = partial(
+        draw_epoch, args.seed, size=size, count=steps * batch, image_shape=data.train_images.shape[2:], device=device,
+        views=4 if args.symmetry == "asymmetric_2x" else 2, scale=(args.crop_scale, SCALE[1]), blur_p=args.blur,
+    )
 
     if state["epoch"] == state["step"] == 0:
-        order, *draws = draw_epoch(args.seed, 0, size, steps * batch, image_shape, device)
+        order, *draws = draw(0)
         shown = slice(0, 8)
-        pictures, draws = next(batches(data.train_images, order[shown], len(order[shown]), device)), [views.rows(shown) for views in draws]
-        writer.draw(plot_views, pictures, *apply_two_views(pictures, *draws), *draws)
+        pictures, pair = next(batches(data.train_images, order[shown], len(order[shown]), device)), [of_view.rows(shown) for of_view in draws[:2]]
+        writer.draw(plot_views, pictures, *apply_two_views(pictures, *pair, blurred_views if args.blur else apply_views), *pair)
         writer.show_progress(write_report, write_report)
         if args.untrained:
             writer.attempt(checkpoint.save, writer.path(UNTRAINED), backbone_state(model))
@@ -209,9 +244,9 @@ def pretrain(args, device, data, model, optimizer, scaler, writer, state, stop):
     knn = "" if value is None else f"kNN {value:.1f} %, "  # the newest
     with Progress(args.epochs, state["epoch"] + state["step"] / steps) as progress:
         for epoch in range(state["epoch"], args.epochs):
-            rate = cosine_rate(args.learning_rate, epoch, args.epochs)
+            rate = cosine_rate(args.learning_rate, epoch, args.epochs, args.warmup_epochs)
             set_rate(optimizer, rate)
-            order, draws1, draws2 = draw_epoch(args.seed, epoch, size, steps * batch, image_shape, device)
+            order, *draws = draw(epoch)
             step = state["step"]
             metrics = torch.zeros(steps, 3, device=device)  # of each step: loss, std, skipped
             metrics[:step] = state["metrics"]
@@ -222,7 +257,7 @@ def pretrain(args, device, data, model, optimizer, scaler, writer, state, stop):
             # ---- the step: slice, augment, forward, loss, backward, update
             while step < steps and stop.signal is None:
                 rows = slice(step * batch, (step + 1) * batch)
-                metrics[step] = train_step(next(images), draws1.rows(rows), draws2.rows(rows))
+                metrics[step] = train_step(next(images), *(of_view.rows(rows) for of_view in draws))
                 step += 1
                 progress.update(epoch + step / steps)
             # ----
@@ -236,7 +271,7 @@ def pretrain(args, device, data, model, optimizer, scaler, writer, state, stop):
             state = {"epoch": epoch, "step": step, "metrics": metrics, "seconds": seconds}
             if step == steps:
                 mean_loss, mean_std, _ = metrics.double().mean(dim=0).tolist()
-                speed = 2 * steps * batch / seconds
+                speed = len(draws) * steps * batch / seconds
                 record = {
                     "epoch": epoch + 1, "loss": mean_loss, "std": mean_std, "lr": rate,
                     "seconds": round(seconds, 3), "views_per_s": round(speed, 1),
@@ -361,6 +396,10 @@ def main(argv=None):
             require_tensorboard()
         if device.type == "cpu":
             prepare_cpu()
+        if args.predictor != "learned" and args.fix_pred_lr:
+            raise ValueError(f"--fix_pred_lr with --predictor {args.predictor}: there is no predictor that learns")
+        if args.warmup_epochs >= args.epochs:
+            raise ValueError(f"--warmup_epochs {args.warmup_epochs}: there are {args.epochs} epochs")
         if args.learning_rate is None:
             args.learning_rate = LR_PER_256 * args.batch_size / 256
         data = load_dataset(args.dataset, args.data_root, device, args.train_size, args.test_size)

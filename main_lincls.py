@@ -29,7 +29,7 @@ from simsiam import ARCHS, load_backbone
 from utils import checkpoint, log
 from utils.augment import MEAN, STD
 from utils.board import require_tensorboard
-from utils.cli import Parser, add_normalization, complain, real_number, run, warn, whole_number
+from utils.cli import Parser, add_normalization, complain, real_number, run, share, warn, whole_number
 from utils.data import DATASETS, balanced_subset, load_dataset
 from utils.device import autocast, describe, select_device, select_precision
 from utils.features import extract_features, feature_batches, make_augmented_features
@@ -45,14 +45,6 @@ MILESTONES = (0.6, 0.8)      # shares of the epochs after which the rate falls t
 CROP_SCALE = (0.08, 1.0)     # torchvision's default for RandomResizedCrop
 LINE_SEARCH = 25             # points of lbfgs's line search, at most
 SAVE_SECONDS = 10            # from one checkpoint to the next, at least
-
-
-def share(text):
-    """An argument type: more than 0, at most 1."""
-    value = real_number(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of more than 0 and at most 1")
-    return value
 
 
 def make_parser():

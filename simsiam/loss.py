@@ -1,4 +1,4 @@
-"""The symmetric loss (paper, Eq. 1 and 2) and the collapse monitor (Sec. 4.1)."""
+"""The symmetric loss (paper, Eq. 1 and 2), its variants (Sec. 4.5 and 4.6) and the collapse monitor (Sec. 4.1)."""
 import torch.nn.functional as F
 
 
@@ -7,12 +7,22 @@ def negative_cosine(p, z):
     return -F.cosine_similarity(p.float(), z.float(), dim=1).mean()
 
 
-def simsiam_loss(p1, p2, z1, z2):
+def cross_entropy(p, z):
+    """D(p, z) = -softmax(z) · log softmax(p), both softmaxes over the channels of [B, dim]; the batch's mean, float32 (Sec. 4.5)."""
+    return F.cross_entropy(p.float(), z.float().softmax(dim=1))
+
+
+def simsiam_loss(p1, p2, z1, z2, distance=negative_cosine):
     """L = D(p1, z2) / 2 + D(p2, z1) / 2, a float32 scalar in [-1, 1]; collapsed and perfect are both -1.
 
-    All are [B, dim]. z1 and z2 are targets: SimSiam.forward returns them detached.
+    All are [B, dim]. z1 and z2 are targets: SimSiam.forward returns them detached. distance: D; cross_entropy is at least 0.
     """
-    return 0.5 * negative_cosine(p1, z2) + 0.5 * negative_cosine(p2, z1)
+    return 0.5 * distance(p1, z2) + 0.5 * distance(p2, z1)
+
+
+def asymmetric_loss(p1, p2, z1, z2, distance=negative_cosine):
+    """L = D(p1, z2): the first view predicts the second, and not the other way round (Sec. 4.6)."""
+    return distance(p1, z2)
 
 
 def feature_std(z):

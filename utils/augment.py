@@ -21,6 +21,7 @@ FLIP_P = 0.5
 JITTER_P = 0.8
 JITTER = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
 GRAY_P = 0.2
+SIGMA = (0.1, 2.0)  # pixels, of the Gaussian blur that ImageNet's views have and CIFAR's do not
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # torchvision's numbers of the jitter's operations
 CROP_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop.get_params
@@ -40,6 +41,7 @@ class Draws(NamedTuple):
     order: torch.Tensor    # int64 [n, 4]: the operations' numbers, first to last
     factors: torch.Tensor  # float32 [n, 4]: brightness, contrast, saturation, hue (in turns)
     gray: torch.Tensor     # bool [n]
+    sigma: torch.Tensor    # float32 [n]: of the blur, in pixels; 0 for none
 
     def rows(self, index):
         """The draws of the images that `index` (a slice or an index tensor) selects."""
@@ -79,11 +81,12 @@ def draw_crops(n, generator, height, width, scale):
     return top.long(), left.long(), h.long(), w.long()
 
 
-def draw_views(n, generator, height=SIZE, width=SIZE, scale=SCALE):
+def draw_views(n, generator, height=SIZE, width=SIZE, scale=SCALE, blur_p=0.0):
     """Draw one view of each of n pictures.
 
     generator: a torch.Generator; the draws live on its device. height, width: of the pictures;
-    scale: bounds of the crop's share of the picture's area. Returns Draws with n rows.
+    scale: bounds of the crop's share of the picture's area; blur_p: the probability of blur, for which
+    nothing is drawn where it is 0. Returns Draws with n rows.
     """
     top, left, h, w = draw_crops(n, generator, height, width, scale)
 
@@ -99,6 +102,7 @@ def draw_views(n, generator, height=SIZE, width=SIZE, scale=SCALE):
         order=uniform(0, 1, (n, 4), generator).argsort(dim=1),
         factors=center + strength * uniform(-1, 1, (n, 4), generator),
         gray=coin(GRAY_P),
+        sigma=torch.where(coin(blur_p), uniform(*SIGMA, (n,), generator), 0.0) if blur_p else torch.zeros(n, device=generator.device),
     )
 
 
@@ -275,19 +279,37 @@ def finishing(draws):
     return matrix, bias
 
 
+def blur(x, sigma):
+    """Gaussian blur of each picture or view: x float [B, 3, H, W], sigma [B] in pixels, 0 for none -> same.
+
+    torchvision's gaussian_blur with a kernel of 3 pixels: a tenth of a CIFAR picture's side, as SimCLR has it.
+    """
+    side = torch.exp(-0.5 / sigma**2).view(-1, 1, 1, 1)  # the kernel is side, 1, side, before it is scaled to sum 1
+    side, middle = side / (1 + 2 * side), 1 / (1 + 2 * side)
+    x = F.pad(x, (1, 1, 1, 1), mode="reflect")
+    x = middle * x[:, :, 1:-1] + side * (x[:, :, :-2] + x[:, :, 2:])
+    return middle * x[:, :, :, 1:-1] + side * (x[:, :, :, :-2] + x[:, :, :, 2:])
+
+
 def apply_views(images, draws):
     """Make the views: uint8 pictures [B, 3, H, W] and their Draws (B rows, same device) -> normalized
-    float32 views [B, 3, 32, 32]. Pure, batched, without host synchronization; torch.compile takes it whole."""
+    float32 views [B, 3, 32, 32]. Pure, batched, without host synchronization; torch.compile takes it whole.
+    Blur is not in it: `blurred_views`."""
     if in_eager_cpu(images):
         return apply_views_cpu(images, draws)
     return change_colors(color_jitter(crop_flip(images, draws), draws), *finishing(draws))
 
 
-def apply_two_views(images, draws1, draws2):
-    """Both views of each picture, from their Draws: two tensors as apply_views makes them. Making them together takes
-    half as many operations, which is what small batches wait for."""
+def blurred_views(images, draws):
+    """apply_views, and then the blur, which may well come after the normalization: it is linear and keeps a constant."""
+    return blur(apply_views(images, draws), draws.sigma)
+
+
+def apply_two_views(images, draws1, draws2, make_views=apply_views):
+    """Both views of each picture, from their Draws: two tensors as make_views makes them, apply_views or blurred_views.
+    Making them together takes half as many operations, which is what small batches wait for."""
     draws = Draws(*(torch.cat(fields) for fields in zip(draws1, draws2)))
-    return apply_views(torch.cat((images, images)), draws).chunk(2)
+    return make_views(torch.cat((images, images)), draws).chunk(2)
 
 
 def apply_views_cpu(images, draws):

@@ -112,6 +112,22 @@ def real_number(text):
     return value
 
 
+def share(text):
+    """An argument type: more than 0, at most 1."""
+    value = real_number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of more than 0 and at most 1")
+    return value
+
+
+def probability(text):
+    """An argument type: 0 to 1."""
+    value = real_number(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a probability, 0 to 1")
+    return value
+
+
 def positive_number(text):
     """An argument type: a finite number, more than 0."""
     value = real_number(text)

@@ -5,12 +5,13 @@ WARMUP = 3  # calls before the recording: compilation, cuDNN's choice of algorit
 
 
 def set_rate(optimizer, rate):
-    """Set the learning rate of all parameters, also where a recorded graph reads it from the device."""
-    for group in optimizer.param_groups:
-        if torch.is_tensor(group["lr"]) and group["lr"].is_cuda:
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
+    """Set the learning rate of the first group of parameters, also where a recorded graph reads it from the device. A second
+    group keeps its rate."""
+    group = optimizer.param_groups[0]
+    if torch.is_tensor(group["lr"]) and group["lr"].is_cuda:
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def clone(value):

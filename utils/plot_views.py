@@ -21,6 +21,8 @@ def words_of(draws, row):
         lines.append("no jitter")
     if draws.gray[row]:
         lines.append("gray")
+    if draws.sigma[row]:
+        lines.append(f"blur σ {float(draws.sigma[row]):.2f}")
     return "\n".join(lines)
 
 

@@ -22,12 +22,17 @@ class Script(NamedTuple):
     beginning: set    # the files that a run leaves which is killed before its first checkpoint
 
 
+# The settings of the paper's study, with what runs had before there were these options.
+STUDY = {
+    "stop_gradient": True, "predictor": "learned", "fix_pred_lr": False, "head_bn": "default", "similarity": "cosine", "symmetry": "symmetric",
+    "warmup_epochs": 0, "crop_scale": 0.2, "blur": 0.0, "zero_init_residual": False,
+}
 KEYS = {"epoch", "step", "metrics", "seconds", "config", "machine"}  # of all checkpoints
 PRETRAINING = Script(
     "main.py", CHECKPOINT, {*KEYS, "model", "optimizer", "scaler"},
     (
         "dataset", "train_size", "test_size", "arch", "width", "dim", "pred_dim", "num_proj_layers",
-        "epochs", "batch_size", "learning_rate", "momentum", "weight_decay", "seed", "precision",
+        "epochs", "batch_size", "learning_rate", "momentum", "weight_decay", "seed", "precision", *STUDY,
     ),
     {CONFIG, log.LOG, BACKBONE},
 )
@@ -99,8 +104,10 @@ def load_state(script, path):
             f"{path}: from another version of {script.name} (its format is {state.get('format')}, this version's {FORMAT}); "
             f"{CONFIG} beside it names the commit that made it"
         )
-    if not (script.keys <= state.keys() and isinstance(state["config"], dict) and {*script.recipe} <= state["config"].keys()):
+    if not (script.keys <= state.keys() and isinstance(state["config"], dict) and {*script.recipe} - STUDY.keys() <= state["config"].keys()):
         raise ValueError(f"{path}: not a whole {script.checkpoint} of {script.name}; there have to be {', '.join(sorted(script.keys))}")
+    if script is PRETRAINING:
+        state["config"] = {**STUDY, **state["config"]}
     return {**state, "origin": (path, stamp)}
 
 

@@ -5,7 +5,7 @@ import statistics
 from typing import NamedTuple
 
 from utils import log
-from utils.resume import EVALUATION, PRETRAINING
+from utils.resume import EVALUATION, PRETRAINING, STUDY
 from utils.run import CONFIG, read_config
 from utils.style import printable
 
@@ -36,7 +36,7 @@ def read_lines(folders):
         records, settings = log.read(folder), read_settings(folder)
         linear = is_linear(records)
         names = (*EVALUATION.recipe, "pretrained") if linear else PRETRAINING.recipe
-        recipe = tuple((name, str(settings.get(name))) for name in names if name != "seed") if settings else folder
+        recipe = tuple((name, str({**STUDY, **settings}.get(name))) for name in names if name != "seed") if settings else folder
         groups.setdefault(recipe, []).append((folder, records, settings))
         kinds[linear] = folder
     if len(kinds) == 2:
