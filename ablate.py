@@ -9,7 +9,6 @@ leaves out what is done.
 """
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -173,7 +172,7 @@ def main(argv=None):
         runs = plan(args, rest)
     with StopRequest() as stop:
         code = run_all(runs, args, stop)
-    if os.path.isdir(args.exp_dir) and any(epochs_done(os.path.join(args.exp_dir, name)) for name, _ in runs):
+    if any(os.path.exists(os.path.join(args.exp_dir, name, CONFIG)) for name, _ in runs):
         with parser.user_errors():
             files = write_studies(args.exp_dir, args.exp_dir)
         with open(os.path.join(args.exp_dir, TABLE)) as file:

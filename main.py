@@ -30,7 +30,7 @@ from utils.data import DATASETS, batches, load_dataset
 from utils.device import autocast, describe, memory_layout, require_memory, select_device, select_precision
 from utils.graph import GraphedStep, set_rate
 from utils.knn import knn_accuracy
-from utils.plot import COLLAPSE_STD
+from utils.metrics import collapse_std
 from utils.plot_views import plot_views
 from utils.progress import Progress, say, set_quiet, tell
 from utils.report import REPORT, draw_run, evaluation_command, write_report
@@ -41,7 +41,7 @@ from utils.stop import StopRequest
 DISTANCES = {"cosine": negative_cosine, "cross_entropy": cross_entropy}
 LOSSES = {"symmetric": simsiam_loss, "asymmetric": asymmetric_loss, "asymmetric_2x": asymmetric_loss}
 LR_PER_256 = 0.03    # the paper's rate for a batch of 256; it scales linearly (appendix D)
-COLLAPSE_EPOCHS = 3  # in a row with std below COLLAPSE_STD, after which it is said
+COLLAPSE_EPOCHS = 3  # in a row with std below collapse_std, after which it is said
 
 
 def make_parser():
@@ -104,25 +104,25 @@ def make_parser():
 
 
 def make_train_step(
-    model, optimizer, scaler, precision_context, compiled, layout=torch.channels_last, loss_function=simsiam_loss, make_views=apply_views,
+    model, optimizer, scaler, precision_context, compiled, layout=torch.channels_last, loss_function=simsiam_loss, make_views=apply_views, pairs=1,
 ):
     """The step as a function: images uint8 [B, 3, H, W] and the Draws of both views -> float32 [3], on the device: the
-    loss, the std, and 1 where fp16's loss scaler skipped the update. It takes the Draws of two pairs of views too, and the
-    loss is then the mean of theirs.
+    loss, the std, and 1 where fp16's loss scaler skipped the update.
 
     precision_context makes the autocast context; scaler is a GradScaler, enabled for fp16 only; layout is the
-    memory format of the views and the model; loss_function(p1, p2, z1, z2) and make_views are the paper's if not given.
+    memory format of the views and the model. For the paper's study: loss_function(p1, p2, z1, z2), make_views, and pairs,
+    2 for a step that takes the Draws of two pairs of views.
     """
 
-    def views_to_loss(images, draws1, draws2, *second_pair):
-        if second_pair:
-            return [(a + b) / 2 for a, b in zip(views_to_loss(images, draws1, draws2), views_to_loss(images, *second_pair))]
+    def views_to_loss(images, draws1, draws2):
         views = apply_two_views(images, draws1, draws2, make_views)
         x1, x2 = (x.contiguous(memory_format=layout) for x in views)  # [B, 3, 32, 32] each
         with precision_context():
             p1, p2, z1, z2 = model(x1, x2)                            # [B, dim] each
         return loss_function(p1, p2, z1, z2), feature_std(z1)
 
+    if pairs == 2:
+        views_to_loss = mean_of_two_pairs(views_to_loss)
     if compiled:
         views_to_loss = torch.compile(views_to_loss, dynamic=False)
 
@@ -137,6 +137,15 @@ def make_train_step(
         return torch.stack((loss.detach(), std, skipped.float()))
 
     return train_step
+
+
+def mean_of_two_pairs(views_to_loss):
+    """The function of images and the Draws of one pair of views as one of those of two pairs: the mean of what it gives."""
+    def pairs_to_loss(images, draws1, draws2, draws3, draws4):
+        first, second = views_to_loss(images, draws1, draws2), views_to_loss(images, draws3, draws4)
+        return [(a + b) / 2 for a, b in zip(first, second)]
+
+    return pairs_to_loss
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -209,12 +218,13 @@ def pretrain(args, device, data, model, optimizer, scaler, writer, state, stop):
     """Train from `state`, where a checkpoint is or new ones begin, to the last epoch, or until `stop`, a StopRequest,
     has a signal. Returns the exit code."""
     precision_context = autocast(device, args.precision)
+    make_views = blurred_views if args.blur else apply_views
+    pairs = 2 if args.symmetry == "asymmetric_2x" else 1
     train_step = make_train_step(
         model, optimizer, scaler, precision_context,
         device.type == "cuda" if args.compile is None else args.compile,
         memory_layout(device, args.width, args.batch_size),
-        partial(LOSSES[args.symmetry], distance=DISTANCES[args.similarity]),
-        blurred_views if args.blur else apply_views,
+        partial(LOSSES[args.symmetry], distance=DISTANCES[args.similarity]), make_views, pairs,
     )
     if args.cuda_graph:
         train_step = GraphedStep(train_step, model, optimizer)
@@ -223,14 +233,14 @@ def pretrain(args, device, data, model, optimizer, scaler, writer, state, stop):
     steps = size // batch  # the last partial batch of an epoch is dropped
     draw = partial(
         draw_epoch, args.seed, size=size, count=steps * batch, image_shape=data.train_images.shape[2:], device=device,
-        views=4 if args.symmetry == "asymmetric_2x" else 2, scale=(args.crop_scale, SCALE[1]), blur_p=args.blur,
+        views=2 * pairs, scale=(args.crop_scale, SCALE[1]), blur_p=args.blur,
     )
 
     if state["epoch"] == state["step"] == 0:
         order, *draws = draw(0)
         shown = slice(0, 8)
         pictures, pair = next(batches(data.train_images, order[shown], len(order[shown]), device)), [of_view.rows(shown) for of_view in draws[:2]]
-        writer.draw(plot_views, pictures, *apply_two_views(pictures, *pair, blurred_views if args.blur else apply_views), *pair)
+        writer.draw(plot_views, pictures, *apply_two_views(pictures, *pair, make_views), *pair)
         writer.show_progress(write_report, write_report)
         if args.untrained:
             writer.attempt(checkpoint.save, writer.path(UNTRAINED), backbone_state(model))
@@ -239,7 +249,7 @@ def pretrain(args, device, data, model, optimizer, scaler, writer, state, stop):
                 writer.log({"epoch": 0, "knn1": knn1, "knn200": knn200})
                 say(f"untrained: kNN k=1 {knn1:.2f} %, k=200 {knn200:.2f} %")
 
-    collapsed = 0  # epochs in a row
+    collapsed, least_std = 0, collapse_std(batch, args.head_bn)  # epochs in a row
     value, _ = log.last(writer.read_log(), "knn200")
     knn = "" if value is None else f"kNN {value:.1f} %, "  # the newest
     with Progress(args.epochs, state["epoch"] + state["step"] / steps) as progress:
@@ -279,12 +289,11 @@ def pretrain(args, device, data, model, optimizer, scaler, writer, state, stop):
                 if scaler.is_enabled():
                     record["skipped_steps"] = int(metrics[:, 2].sum())
                 line = f"loss {mean_loss:.4f}, std {mean_std:.3f}, {speed:,.0f} views/s"
-                collapsed = collapsed + 1 if mean_std < COLLAPSE_STD else 0
+                collapsed = collapsed + 1 if mean_std < least_std else 0
                 if collapsed == COLLAPSE_EPOCHS:
                     warn(
-                        f"epoch {epoch + 1}: std {mean_std:.4f}, for {collapsed} epochs below {COLLAPSE_STD} (healthy: about 1): "
-                        "the outputs have all but collapsed to one, whatever the loss says. The usual cause is a rate "
-                        f"too high for the batch: lower --learning_rate ({args.learning_rate:g}) or raise --batch_size ({batch})"
+                        f"epoch {epoch + 1}: std {mean_std:.4f}, for {collapsed} epochs below {least_std:.2g} (healthy: about 1): "
+                        "the outputs have all but collapsed to one, whatever the loss says. " + cause_of_collapse(args)
                     )
                 measured = (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs
                 if measured and stop.signal is None:
@@ -329,6 +338,15 @@ def run_files(args, device, state, model, optimizer, scaler):
             "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
         },
     }
+
+
+def cause_of_collapse(args):
+    """Why a run's outputs may have collapsed, in words."""
+    if not args.stop_gradient or args.predictor == "none":
+        return "Without stop-gradient or predictor that is what happens (paper, Sec. 4.1 and 4.2)"
+    return (
+        f"The usual cause is a rate too high for the batch: lower --learning_rate ({args.learning_rate:g}) or raise --batch_size ({args.batch_size})"
+    )
 
 
 def give_up(args, writer, epoch, step, steps, what):

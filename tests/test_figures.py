@@ -54,7 +54,7 @@ def axes_of(monkeypatch):
 
 
 def test_a_run_has_its_figures_as_pictures_and_as_vectors(tmp_path, axes_of):
-    folder = write_run(tmp_path / "run", 0)
+    folder = write_run(tmp_path / "run", 0, batch_size=64)
     assert tuple(sorted(plot.plot_runs([folder], folder))) == tuple(sorted(CURVES))
     for name in CURVES:
         assert Image.open(tmp_path / "run" / f"{name}.png").width == 4.2 * style.DPI
@@ -65,7 +65,7 @@ def test_a_run_has_its_figures_as_pictures_and_as_vectors(tmp_path, axes_of):
     for point in KNN:
         assert any(text.startswith(f"{point.source}: {point.top1:g}") for text in words)
     collapse = [line.get_ydata()[0] for line in axes_of["std"].get_lines() if len(set(line.get_ydata())) == 1]
-    assert plot.COLLAPSE_STD in collapse and 1 in collapse
+    assert metrics.collapse_std(64) in collapse and 1 in collapse
 
 
 def test_the_same_log_gives_the_same_files(tmp_path):

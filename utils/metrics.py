@@ -5,6 +5,15 @@ import torch
 import torch.nn.functional as F
 
 PAIRS = 25_000_000  # at a time: 100 MB
+COLLAPSE_STD = 0.1  # of feature_std, where nothing keeps it from 0
+
+
+def collapse_std(batch_size, head_bn="default"):
+    """Below this, feature_std (healthy: about 1) means that the outputs are all but equal. A batch norm at the projector's end
+    keeps it above 2 / sqrt(batch_size), which it comes near to when all outputs but one or two point the same way."""
+    if head_bn in ("none", "hidden"):
+        return COLLAPSE_STD
+    return max(COLLAPSE_STD, min(3 / math.sqrt(batch_size), 0.6))
 
 
 def top_k(logits, labels, k):

@@ -12,14 +12,16 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from utils import log
 from utils.cli import Parser
+from utils.metrics import collapse_std
 from utils.plot_features import plot_confusion
 from utils.published import KNN, LINEAR
 from utils.run import RESULTS
 from utils.runs import is_linear, read_lines, spread
 from utils.style import COLORS, DASHES, FORMATS, GRAY, drawing, make_folder, plain_numbers
 
-MANY = 3            # lines, beyond which a figure shows its first key only
-COLLAPSE_STD = 0.1  # below this, feature_std (healthy: about 1) means that the outputs are all but equal
+MANY = 3  # lines, beyond which a figure shows its first key only
+
+LOSSES = {"cosine": "negative cosine similarity", "cross_entropy": "cross-entropy"}  # by the similarity
 
 # The figures of a run, in the order of a report: name, what it is.
 TITLES = {
@@ -95,6 +97,14 @@ def level(axes, y, words, dash=(0, (4, 3)), below=False):
     )
 
 
+def mark_collapse(axes, settings):
+    """A line at the std below which runs of these settings have collapsed, if it is the same for all."""
+    stds = {collapse_std(each.get("batch_size", 512), each.get("head_bn", "default")) for each in settings}
+    if len(stds) == 1:
+        std = stds.pop()
+        level(axes, std, f"{std:.2g}: below, collapse", "-")
+
+
 def apart(values, distance):
     """Heights for labels at these values, moved as little as needed to be `distance` from each other: in the values' order."""
     order = sorted(range(len(values)), key=values.__getitem__)
@@ -144,6 +154,8 @@ def plot_runs(folders, output, formats=FORMATS):
     lines = read_lines(folders)
     on_cifar10 = all(line.settings.get("dataset") == "cifar10" for line in lines)
     linear = is_linear(lines[0].runs[0])
+    similarities = {line.settings.get("similarity", "cosine") for line in lines}
+    similarity = similarities.pop() if len(similarities) == 1 else None
     drawn = []
 
     def figure_of(name, keys, ylabel, finish=lambda axes: None):
@@ -167,8 +179,9 @@ def plot_runs(folders, output, formats=FORMATS):
         drawn.append(name)
 
     def finish_loss(axes):
-        axes.set_ylim(-1.1, max(0.02, axes.get_ylim()[1]))
-        level(axes, -1, "−1: both views' outputs are one", "-", below=True)
+        if similarity == "cosine":
+            axes.set_ylim(-1.1, max(0.02, axes.get_ylim()[1]))
+            level(axes, -1, "−1: both views' outputs are one", "-", below=True)
 
     def finish_training_loss(axes):
         values = [value for drawn in axes.get_lines() for value in drawn.get_ydata()]
@@ -179,7 +192,7 @@ def plot_runs(folders, output, formats=FORMATS):
     def finish_std(axes):
         axes.set_ylim(0, max(1.15, axes.get_ylim()[1]))
         level(axes, 1, "1: spread evenly over the sphere")
-        level(axes, COLLAPSE_STD, f"{COLLAPSE_STD}: below, collapse", "-")
+        mark_collapse(axes, [line.settings for line in lines])
 
     def finish_speed(axes):
         axes.set_ylim(0, None)
@@ -193,7 +206,7 @@ def plot_runs(folders, output, formats=FORMATS):
         figure_of("loss-plot", {"train_loss": "training loss"}, "cross-entropy", finish_training_loss)
         figure_of("top1-acc", {"test_top1": "test", "train_top1": "training batches"}, "linear top-1 (%)", finish_accuracy)
     else:
-        figure_of("loss-plot", {"loss": "loss"}, "negative cosine similarity", finish_loss)
+        figure_of("loss-plot", {"loss": "loss"}, LOSSES.get(similarity, "loss"), finish_loss)
         figure_of("top1-acc", {"knn200": "k = 200", "knn1": "k = 1"}, "kNN top-1 (%)", finish_accuracy)
         figure_of("std", {"std": "std·√d"}, "std of l2-normalized z, × √d", finish_std)
         figure_of("throughput", {"views_per_s": "views/s"}, "views/s", finish_speed)

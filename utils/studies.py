@@ -6,9 +6,12 @@ import os
 import statistics
 from typing import NamedTuple
 
+from matplotlib.ticker import MaxNLocator
+
 from utils import checkpoint, log
 from utils.cli import Parser
-from utils.plot import COLLAPSE_STD, curve, level
+from utils.metrics import collapse_std
+from utils.plot import curve, level, mark_collapse
 from utils.run import CONFIG, read_config
 from utils.runs import spread
 from utils.style import COLORS, DASHES, FORMATS, drawing, make_folder
@@ -108,6 +111,7 @@ STUDIES = tuple(make_studies(100, 256, 0.05))
 class Result(NamedTuple):
     """The runs of a variant that are whole, and what became of the others."""
 
+    settings: dict
     runs: dict      # the log's records, by seed
     failures: list  # words
 
@@ -124,7 +128,7 @@ def read_runs(folder, epochs):
         variant, _, seed = name.rpartition("-seed")
         if not (variant and seed.isdecimal() and os.path.exists(os.path.join(run, CONFIG))):
             continue
-        result = results.setdefault(variant, Result({}, []))
+        result = results.setdefault(variant, Result(read_config(run)["settings"], {}, []))
         records = log.read(run, empty=True)
         if os.path.exists(os.path.join(run, FAILED)):
             with open(os.path.join(run, FAILED)) as file:
@@ -168,7 +172,8 @@ def row_of(variant, result, base):
     knn, reference = last_values(result.runs, "knn200"), last_values(base.runs, "knn200") if base else {}
     differences = [knn[seed] - reference[seed] for seed in knn if seed in reference]
     stds = list(last_values(result.runs, "std").values())
-    collapsed = " (collapsed)" if statistics.fmean(stds) < COLLAPSE_STD else ""
+    least = collapse_std(result.settings["batch_size"], result.settings.get("head_bn", "default"))
+    collapsed = " (collapsed)" if statistics.fmean(stds) < least else ""
     return [
         variant.words, variant.paper, deviation(list(knn.values()), 2),
         deviation(differences, 2) if differences and variant.name != DEFAULT else NONE,
@@ -209,6 +214,7 @@ def conditions(config):
 # The figures
 
 
+MARKERS = "osv^D"
 PANELS = {"loss": "loss", "std": "std·√d of the outputs", "knn200": "kNN top-1, k = 200 (%)"}  # the paper's Figure 2
 
 
@@ -220,15 +226,15 @@ def plot_study(study, results, output, name, formats=FORMATS):
             for i, variant in enumerate(present):
                 runs = list(results[variant.name].runs.values())
                 if spread(runs, key)[0]:
-                    curve(axes, runs, key, variant.words if key == "loss" else None, COLORS[i % len(COLORS)], DASHES[i % len(DASHES)], None)
+                    curve(axes, runs, key, variant.words if key == "loss" else None, COLORS[i % len(COLORS)], DASHES[i % len(DASHES)], MARKERS[i % len(MARKERS)])
             axes.set_title(title, loc="left")
             axes.set_xlabel("epoch")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
             if key == "std":
                 axes.set_ylim(0, max(1.15, axes.get_ylim()[1]))
                 level(axes, 1, "1: spread evenly over the sphere")
-                level(axes, COLLAPSE_STD, f"{COLLAPSE_STD}: below, collapse", "-")
-        if present:
-            figure.legend(loc="outside lower center", ncols=2)
+                mark_collapse(axes, [results[variant.name].settings for variant in present])
+        figure.legend(loc="outside lower center", ncols=2)
 
 
 def write_studies(folder, output, formats=FORMATS):
@@ -243,8 +249,9 @@ def write_studies(folder, output, formats=FORMATS):
         seen |= own
         if own & results.keys():
             lines += table_of(study, results)
-            plot_study(study, results, output, name, formats)
-            files += [f"{name}.{ending}" for ending in formats]
+            if any(variant.name in results and results[variant.name].runs for variant in study.variants):
+                plot_study(study, results, output, name, formats)
+                files += [f"{name}.{ending}" for ending in formats]
     checkpoint.write(os.path.join(output, TABLE), "\n".join(lines).encode())
     return files
 
