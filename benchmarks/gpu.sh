@@ -11,6 +11,7 @@
 #   switches-code  the step and training with those of the arithmetic turned; the start with and without compilation
 #   memory    for batches of 128, 256, 512 and 1024
 #   linear    100 epochs of linear evaluation on augmented features, of the backbone that main left
+#   study-1, study-4  four runs of four epochs by ablate.py, one at a time and all at once: which is sooner done
 #   tests     all of them, with pytest
 # Where a command may not last that long: the parts one by one.
 set -uo pipefail
@@ -45,6 +46,10 @@ linear() {
         cp "$OUT/runs/linear/log.jsonl" "$OUT/linear-log.jsonl"
 }
 
+study() {  # jobs
+    "$PYTHON" ablate.py batch_norm --gpu 0 --data_root "$DATA" --epochs 4 --eval_freq 4 --jobs "$1" --exp_dir "$OUT/runs/study-$1"
+}
+
 speed() {
     "$PYTHON" benchmarks/speed.py --gpu 0 --data_root "$DATA" "$@"
 }
@@ -57,5 +62,7 @@ part speed speed --json "$OUT/speed.json" --profile "$OUT/profile.txt"
 part switches-data speed --seconds 1 --switches resident batched async --json "$OUT/switches-data.json"
 part switches-code speed --seconds 1 --switches channels_last low_precision compile fused cuda_graph --json "$OUT/switches-code.json"
 part memory speed --what memory --width 64 --batch 128 256 512 1024 --json "$OUT/memory.json"
+part study-1 study 1
+part study-4 study 4
 part tests "$PYTHON" -m pytest -q -rs tests
 rm -rf "$OUT/runs"

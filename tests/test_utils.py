@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+import ablate
 import export
 import kills
 import main as pretraining
@@ -17,7 +18,7 @@ import main_lincls
 import visualize
 from benchmarks import speed
 from conftest import REPO
-from utils import checkpoint, log, plot, report
+from utils import checkpoint, log, plot, report, studies
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
@@ -112,7 +113,7 @@ COMMAND = r"(?:python|make|bash|pip|tensorboard) "
 PARSERS = {
     "main.py": pretraining.make_parser, "main_lincls.py": main_lincls.make_parser, "export.py": export.make_parser,
     "visualize.py": visualize.make_parser, "benchmarks/speed.py": speed.make_parser, "tests/kills.py": kills.make_parser,
-    "utils.plot": plot.make_parser, "utils.log": log.make_parser, "utils.report": report.make_parser,
+    "utils.plot": plot.make_parser, "utils.log": log.make_parser, "utils.report": report.make_parser, "utils.studies": studies.make_parser,
 }
 
 
@@ -129,7 +130,7 @@ def test_the_documented_commands_parse():
     """Every command in the documents and in the scripts' docstrings is one that the real parsers take, or names files and
     targets that are there."""
     texts = [path.read_text() for path in (REPO / "README.md", REPO / "logs" / "README.md", REPO / "benchmarks" / "results" / "README.md")]
-    texts += [module.__doc__ for module in (pretraining, main_lincls, export, visualize, plot, log, report)]
+    texts += [module.__doc__ for module in (pretraining, main_lincls, export, visualize, ablate, plot, log, report, studies)]
     targets = re.findall(r"^(\w+):", (REPO / "Makefile").read_text(), re.MULTILINE)
     seen = set()
     for program, *args in (command for text in texts for command in commands_in(text)):
@@ -143,6 +144,9 @@ def test_the_documented_commands_parse():
         elif program == "python":
             name, *args = args[1:] if args[0] == "-m" else args
             seen.add(name)
-            if "--help" not in args:
+            if name == "ablate.py":  # what it does not know goes to main.py
+                _, args = ablate.make_parser().parse_known_args(args)
+                PARSERS["main.py"]().parse_args(args)
+            elif "--help" not in args:
                 PARSERS[name]().parse_args(args)
-    assert seen > {"make", "bash", "pip", *PARSERS}
+    assert seen > {"make", "bash", "pip", "ablate.py", *PARSERS}

@@ -42,8 +42,8 @@ WARM_BATCH = 1024        # from here on the paper warms up, for 10 of its 100 ep
 
 
 def make_studies(epochs, batch_size, learning_rate):
-    """The studies by name, for runs of so many epochs whose default has this batch and rate. The rate of other batches is
-    in proportion to them."""
+    """The studies by name, for runs of so many epochs whose default has this batch and rate, None for main.py's own. The rate of
+    other batches is in proportion to them, which main.py's own is too."""
     warmup = ("--warmup_epochs", str(epochs // 10))
 
     def default(words, paper=NONE):
@@ -52,7 +52,9 @@ def make_studies(epochs, batch_size, learning_rate):
     def batch(size, paper):
         if size == batch_size:
             return default(f"batch {size:,}", paper)
-        options = ("--batch_size", str(size), "--learning_rate", f"{learning_rate * size / batch_size:g}")
+        options = ("--batch_size", str(size))
+        if learning_rate is not None:
+            options += ("--learning_rate", f"{learning_rate * size / batch_size:g}")
         return Variant(f"batch-{size}", f"batch {size:,}", options + warmup * (size >= WARM_BATCH), paper)
 
     constant_rate = Variant("constant-predictor-rate", "predictor's rate not decayed", ("--fix_pred_lr",), "68.1")
@@ -204,7 +206,7 @@ def conditions(config):
     tests = f"the first {settings['test_size']:,}" if settings.get("test_size") else "all"
     return (
         f"{settings['dataset']}, {settings['arch']} of width {settings['width']}, {size} training and {tests} test pictures, batch {settings['batch_size']}, "
-        f"rate {settings['learning_rate']:g}, {settings['epochs']} epochs; {config['device']}, torch {config['versions']['torch']}. Mean ± standard deviation "
+        f"rate {settings['learning_rate']:g}, {settings['epochs']} epochs; {config['device']}, torch {str(config['versions']['torch']).split('+')[0]}. Mean ± standard deviation "
         "over the seeds, after the last epoch; differences from the default by seed. The paper's numbers are of another task: linear evaluation of a ResNet-50 "
         "on ImageNet after 100 epochs."
     )
