@@ -7,6 +7,7 @@ the paper's numbers and the curves of its Figure 2. At full size on a GPU, and a
 The studies come first; options that are not listed here go to main.py as they are. The same command goes on with what is unfinished and
 leaves out what is done.
 """
+import contextlib
 import os
 import shlex
 import signal
@@ -107,24 +108,27 @@ def run_all(runs, args, stop):
     which ends the others, else 0."""
     waiting, running, code = list(runs), [], 0
     threads = None if args.jobs == 1 or "OMP_NUM_THREADS" in os.environ else max(1, (os.cpu_count() or 1) // args.jobs)
-    folders = [os.path.join(args.exp_dir, name) for name, _ in runs]
+    done = {name: epochs_done(os.path.join(args.exp_dir, name)) for name, _ in runs}
     with Bar(total=args.epochs * len(runs), smoothing=0, bar_format="{bar}| {n:.0f}/{total} epochs [{elapsed}<{remaining}{postfix}]") as bar:
         try:
             while running or (waiting and not code and stop.signal is None):
                 # The first run alone until it has begun: it may have to download the data, and refuses what is wrong with all.
-                begun = any(os.path.exists(os.path.join(folder, CONFIG)) for folder in folders)
+                begun = any(os.path.exists(os.path.join(args.exp_dir, name, CONFIG)) for name, _ in runs)
                 while waiting and not code and stop.signal is None and len(running) < (args.jobs if begun or not running else 1):
                     name, options = waiting.pop(0)
                     start_run(name, options, args, threads, running)
-                for each in [each for each in running if each.process.poll() is not None]:
-                    running.remove(each)
-                    code = max(code, end_run(each, args, stop))
+                for each in list(running):
+                    ended = each.process.poll() is not None
+                    done[each.name] = epochs_done(each.folder)
+                    if ended:
+                        running.remove(each)
+                        code = max(code, end_run(each, args, stop))
                 if (code or stop.signal is not None) and running:
                     for each in running:
                         each.process.send_signal(stop.signal if stop.signal in (signal.SIGINT, signal.SIGHUP) else signal.SIGTERM)
                     for each in running:
                         each.process.wait()
-                bar.update(sum(map(epochs_done, folders)) - bar.n)
+                bar.update(sum(done.values()) - bar.n)
                 bar.set_postfix_str(" ".join(each.name for each in running)[:40])
                 if running:
                     time.sleep(POLL_SECONDS)
@@ -135,27 +139,28 @@ def run_all(runs, args, stop):
 
 
 def start_run(name, options, args, threads, running):
-    """Begin a run, or go on with it, unless it is done or has failed."""
+    """Begin a run, or go on with it, unless it is done. What has failed is tried again from its last checkpoint."""
     folder = os.path.join(args.exp_dir, name)
-    if os.path.exists(os.path.join(folder, FAILED)):
-        say(f"{name}: has failed; remove {folder} to begin it again")
-    elif epochs_done(folder) == args.epochs and is_same(folder, options):
+    if epochs_done(folder) == args.epochs and is_same(folder, options):
         say(f"{name}: done before")
-    else:
-        running.append(Running(name, options, folder, threads))
+        return
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(os.path.join(folder, FAILED))
+    running.append(Running(name, options, folder, threads))
 
 
 def end_run(ended, args, stop):
     """Say how a run ended, and note a failure of its own in its folder. Returns its exit code if it was refused or killed, which
     no other run would be spared, else 0."""
-    words, code = ended.words(), ended.process.returncode
+    code = ended.process.returncode
+    words = ended.words() or f"exit code {code}" * (code != 0 and stop.signal is None)
     if code == 0 and epochs_done(ended.folder) == args.epochs:
         say(f"{ended.name}: {log.summarize(ended.folder)}")
     for line in words.splitlines():
         complain(f"{ended.name}: {line}")
     if code == 1 and os.path.isdir(ended.folder):
         with open(os.path.join(ended.folder, FAILED), "w") as file:
-            file.write(words.splitlines()[-1] if words else "no words")
+            file.write((words or "exit code 1").splitlines()[-1])
         return 0
     return 0 if code == 0 or stop.signal is not None else code if code > 0 else 128 - code
 
