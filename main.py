@@ -23,7 +23,7 @@ from simsiam import (
     ARCHS, HEAD_BN, PREDICTORS, asymmetric_loss, cross_entropy, feature_std, load_tensors, make_simsiam, negative_cosine, simsiam_loss,
 )
 from utils import checkpoint, log
-from utils.augment import SCALE, apply_two_views, apply_views, blurred_views, draw_views, epoch_generator
+from utils.augment import SCALE, apply_two_views, apply_views, blurred_views, draw_blur, draw_views, epoch_generator
 from utils.board import require_tensorboard
 from utils.cli import Parser, complain, probability, real_number, run, share, warn, whole_number
 from utils.data import DATASETS, batches, load_dataset
@@ -160,12 +160,15 @@ def cosine_rate(rate, epoch, epochs, warmup=0):
     return rate * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
 
 
-def draw_epoch(seed, epoch, size, count, image_shape, device, views=2, **options):
+def draw_epoch(seed, epoch, size, count, image_shape, device, views=2, scale=SCALE, blur_p=0.0):
     """Everything random in an epoch, a function of (seed, epoch): `count` of `size` picture numbers in
-    random order, int64 [count], and the Draws of the views of each. options: those of draw_views."""
+    random order, int64 [count], and the Draws of the views of each. Blur comes last: all else is drawn as without."""
     generator = epoch_generator(seed, epoch, device)
     order = torch.randperm(size, generator=generator, device=device)[:count]
-    return order, *(draw_views(count, generator, *image_shape, **options) for _ in range(views))
+    draws = [draw_views(count, generator, *image_shape, scale) for _ in range(views)]
+    if blur_p:
+        draws = [draw_blur(of_view, generator, blur_p) for of_view in draws]
+    return order, *draws
 
 
 def is_finite(model):

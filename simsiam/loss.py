@@ -27,8 +27,8 @@ def asymmetric_loss(p1, p2, z1, z2, distance=negative_cosine):
 
 def feature_std(z):
     """Spread of the outputs z [B, dim], B >= 2: the std of l2-normalized z over the batch,
-    averaged over channels, times sqrt(dim). About 1 for a healthy network, 0 for a collapsed one, or, where a batch norm
-    ends the projector, about 2 / sqrt(B): it makes the batch's mean 0, so the outputs cannot all be one. In a collapse
-    all but one, long, output have the same direction, and that one the opposite."""
+    averaged over channels, times sqrt(dim). About 1 for a healthy network, 0 for a collapsed one. Where a batch norm ends the
+    projector it is then 2 / sqrt(B) instead: the batch's mean is 0, so the outputs cannot all be one, and all but one have
+    the same direction, that one the opposite."""
     z = F.normalize(z.float(), dim=1)
     return z.std(dim=0).mean() * z.shape[1] ** 0.5

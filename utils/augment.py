@@ -81,12 +81,11 @@ def draw_crops(n, generator, height, width, scale):
     return top.long(), left.long(), h.long(), w.long()
 
 
-def draw_views(n, generator, height=SIZE, width=SIZE, scale=SCALE, blur_p=0.0):
-    """Draw one view of each of n pictures.
+def draw_views(n, generator, height=SIZE, width=SIZE, scale=SCALE):
+    """Draw one view of each of n pictures, without blur.
 
     generator: a torch.Generator; the draws live on its device. height, width: of the pictures;
-    scale: bounds of the crop's share of the picture's area; blur_p: the probability of blur, for which
-    nothing is drawn where it is 0. Returns Draws with n rows.
+    scale: bounds of the crop's share of the picture's area. Returns Draws with n rows.
     """
     top, left, h, w = draw_crops(n, generator, height, width, scale)
 
@@ -102,8 +101,15 @@ def draw_views(n, generator, height=SIZE, width=SIZE, scale=SCALE, blur_p=0.0):
         order=uniform(0, 1, (n, 4), generator).argsort(dim=1),
         factors=center + strength * uniform(-1, 1, (n, 4), generator),
         gray=coin(GRAY_P),
-        sigma=torch.where(coin(blur_p), uniform(*SIGMA, (n,), generator), 0.0) if blur_p else torch.zeros(n, device=generator.device),
+        sigma=torch.zeros(n, device=generator.device),
     )
+
+
+def draw_blur(draws, generator, p):
+    """The Draws with blur of a random width in a view of each picture with probability p."""
+    n = len(draws.sigma)
+    blurred = uniform(0, 1, (n,), generator) < p
+    return draws._replace(sigma=torch.where(blurred, uniform(*SIGMA, (n,), generator), 0.0))
 
 
 def normalize(images, mean=MEAN, std=STD):

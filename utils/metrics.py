@@ -9,8 +9,9 @@ COLLAPSE_STD = 0.1  # of feature_std, where nothing keeps it from 0
 
 
 def collapse_std(batch_size, head_bn="default"):
-    """Below this, feature_std (healthy: about 1) means that the outputs are all but equal. A batch norm at the projector's end
-    keeps it above 2 / sqrt(batch_size), which it comes near to when all outputs but one or two point the same way."""
+    """Below this, feature_std (healthy: about 1) means that the outputs are all but equal. With a batch norm at the projector's end
+    it is 2 / sqrt(batch_size) when all outputs but one point the same way, 2 sqrt(2 / batch_size) when all but two do, so that it
+    goes by the batch; in batches of 11 and less it cannot tell."""
     if head_bn in ("none", "hidden"):
         return COLLAPSE_STD
     return max(COLLAPSE_STD, min(3 / math.sqrt(batch_size), 0.6))

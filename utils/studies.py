@@ -17,6 +17,7 @@ from utils.runs import spread
 from utils.style import COLORS, DASHES, FORMATS, drawing, make_folder
 
 TABLE = "ablations.md"
+STUDY_FILE = "study.json"  # what all runs of the folder have in common: epochs, batch_size, learning_rate, options
 FAILED = "failed.txt"  # in the folder of a run that ended in an error of its own, such as a loss that is not finite: its words
 NONE = "–"
 
@@ -44,7 +45,7 @@ WARM_BATCH = 1024        # from here on the paper warms up, for 10 of its 100 ep
 def make_studies(epochs, batch_size, learning_rate):
     """The studies by name, for runs of so many epochs whose default has this batch and rate, None for main.py's own. The rate of
     other batches is in proportion to them, which main.py's own is too."""
-    warmup = ("--warmup_epochs", str(epochs // 10))
+    warmup = ("--warmup_epochs", str(max(1, epochs // 10)))
 
     def default(words, paper=NONE):
         return Variant(DEFAULT, words, (), paper)
@@ -55,9 +56,11 @@ def make_studies(epochs, batch_size, learning_rate):
         options = ("--batch_size", str(size))
         if learning_rate is not None:
             options += ("--learning_rate", f"{learning_rate * size / batch_size:g}")
-        return Variant(f"batch-{size}", f"batch {size:,}", options + warmup * (size >= WARM_BATCH), paper)
+        if size >= WARM_BATCH:
+            options += warmup
+        return Variant(f"batch-{size}", f"batch {size:,}", options, paper)
 
-    constant_rate = Variant("constant-predictor-rate", "predictor's rate not decayed", ("--fix_pred_lr",), "68.1")
+    constant_rate = ("constant-predictor-rate", "predictor's rate not decayed", ("--fix_pred_lr",))
     return {
         "stop_gradient": Study("Stop-gradient", "Sec. 4.1, Figure 2", [
             default("with stop-gradient", "67.7 ± 0.1"),
@@ -67,7 +70,7 @@ def make_studies(epochs, batch_size, learning_rate):
             default("learned, rate decayed", "67.7"),
             Variant("no-predictor", "none", ("--predictor", "none"), "0.1"),
             Variant("fixed-predictor", "fixed at random initialization", ("--predictor", "fixed"), "1.5"),
-            constant_rate._replace(words="learned, rate not decayed"),
+            Variant(*constant_rate, "68.1"),
         ]),
         "batch_size": Study("Batch size", "Sec. 4.3, Table 2", [batch(size, paper) for size, paper in BATCH_SIZES.items()]),
         "batch_norm": Study("Batch norm in the heads", "Sec. 4.4, Table 3", [
@@ -85,16 +88,16 @@ def make_studies(epochs, batch_size, learning_rate):
             Variant("asymmetric-2x", "asymmetric, two pairs of views", ("--symmetry", "asymmetric_2x"), "67.3"),
         ]),
         "heads": Study("Heads", "Sec. 3; two layers: appendix D", [
-            default("projector of 2 layers, d = 2048, predictor's bottleneck 512"),
-            Variant("projector-3-layers", "projector of 3 layers", ("--num_proj_layers", "3")),
-            Variant("dim-512", "d = 512, bottleneck 128", ("--dim", "512", "--pred_dim", "128")),
-            Variant("pred-dim-128", "bottleneck 128", ("--pred_dim", "128")),
-            Variant("pred-dim-2048", "no bottleneck: 2048", ("--pred_dim", "2048")),
+            default("default"),
+            Variant("projector-3-layers", "projector of 3 layers, not 2", ("--num_proj_layers", "3")),
+            Variant("dim-512", "d = 512 and bottleneck 128, not 2048 and 512", ("--dim", "512", "--pred_dim", "128")),
+            Variant("pred-dim-128", "predictor's bottleneck 128, not 512", ("--pred_dim", "128")),
+            Variant("pred-dim-2048", "predictor without bottleneck: 2048", ("--pred_dim", "2048")),
         ]),
         "practice": Study("What practitioners turn first", "not in the paper, but for the predictor's rate", [
             default("default"),
             Variant("warm-up", "warm-up, a tenth of the epochs", warmup),
-            constant_rate._replace(paper="67.7 → 68.1"),
+            Variant(*constant_rate, "68.1 (67.7 with decay)"),
             Variant("blur", "Gaussian blur, p = 0.5", ("--blur", "0.5")),
             Variant("crop-scale-0.08", "crops from 8 % of the area", ("--crop_scale", "0.08")),
             Variant("weight-decay-1e-3", "weight decay 1e-3", ("--weight_decay", "0.001")),
@@ -113,7 +116,7 @@ STUDIES = tuple(make_studies(100, 256, 0.05))
 class Result(NamedTuple):
     """The runs of a variant that are whole, and what became of the others."""
 
-    settings: dict
+    config: dict    # config.json of the first
     runs: dict      # the log's records, by seed
     failures: list  # words
 
@@ -130,11 +133,12 @@ def read_runs(folder, epochs):
         variant, _, seed = name.rpartition("-seed")
         if not (variant and seed.isdecimal() and os.path.exists(os.path.join(run, CONFIG))):
             continue
-        result = results.setdefault(variant, Result(read_config(run)["settings"], {}, []))
+        result = results.setdefault(variant, Result(read_config(run), {}, []))
         records = log.read(run, empty=True)
         if os.path.exists(os.path.join(run, FAILED)):
             with open(os.path.join(run, FAILED)) as file:
-                result.failures.append(f"seed {seed}: {file.read().strip()}")
+                reason = file.read().strip().removeprefix("main.py: error: ").split(";")[0]
+            result.failures.append(f"seed {seed}: {reason}")
         elif records and records[-1]["epoch"] == epochs:
             result.runs[int(seed)] = records
         else:
@@ -142,22 +146,23 @@ def read_runs(folder, epochs):
     return results
 
 
-def read_conditions(folder):
-    """config.json of the default's run with the smallest seed, else of the first run: what all in the folder have in common but
-    for what they vary. Raises ValueError where there is no run."""
-    names = sorted(name for name in os.listdir(folder) if "-seed" in name and os.path.exists(os.path.join(folder, name, CONFIG)))
-    if not names:
-        raise ValueError(f"{folder}: no run of ablate.py in it")
-    names.sort(key=lambda name: not name.startswith(f"{DEFAULT}-seed"))
-    return read_config(os.path.join(folder, names[0]))
+def read_study(folder):
+    """What all runs in a folder of ablate.py have in common. Raises OSError and ValueError if it is no such folder."""
+    path = os.path.join(folder, STUDY_FILE)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{folder}: no {STUDY_FILE} in it; a folder of ablate.py is needed")
+    common = log.read_json(path)
+    if not isinstance(common, dict) or not {"epochs", "batch_size", "learning_rate", "options"} <= common.keys():
+        raise ValueError(f"{path}: not what ablate.py wrote")
+    return common
 
 
 # ---------------------------------------------------------------------------------------------------
 # The table
 
 
-def deviation(values, digits):
-    """The mean, with the standard deviation over the seeds where there are several."""
+def mean_and_std(values, digits):
+    """The mean, and the standard deviation over the seeds where there are several, in words."""
     text = f"{statistics.fmean(values):.{digits}f}".replace("-", "−")
     return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
@@ -174,19 +179,20 @@ def row_of(variant, result, base):
     knn, reference = last_values(result.runs, "knn200"), last_values(base.runs, "knn200") if base else {}
     differences = [knn[seed] - reference[seed] for seed in knn if seed in reference]
     stds = list(last_values(result.runs, "std").values())
-    least = collapse_std(result.settings["batch_size"], result.settings.get("head_bn", "default"))
+    settings = result.config["settings"]
+    least = collapse_std(settings["batch_size"], settings.get("head_bn", "default"))
     collapsed = " (collapsed)" if statistics.fmean(stds) < least else ""
     return [
-        variant.words, variant.paper, deviation(list(knn.values()), 2),
-        deviation(differences, 2) if differences and variant.name != DEFAULT else NONE,
-        deviation(stds, 3) + collapsed, deviation(list(last_values(result.runs, "loss").values()), 3),
+        variant.words, variant.paper, mean_and_std(list(knn.values()), 2),
+        mean_and_std(differences, 2) if differences and variant.name != DEFAULT else NONE,
+        mean_and_std(stds, 3) + collapsed, mean_and_std(list(last_values(result.runs, "loss").values()), 3),
         "; ".join([f"{len(result.runs)}", *result.failures]),
     ]
 
 
 def untrained_row(base):
     untrained = {seed: records[0]["knn200"] for seed, records in base.runs.items() if records[0]["epoch"] == 0}
-    return [["the network before training", NONE, deviation(list(untrained.values()), 2), NONE, NONE, NONE, str(len(untrained))]] if untrained else []
+    return [["the network before training", NONE, mean_and_std(list(untrained.values()), 2), NONE, NONE, NONE, str(len(untrained))]] if untrained else []
 
 
 def table_of(study, results):
@@ -199,16 +205,20 @@ def table_of(study, results):
     return [f"**{study.title}** ({study.source})", "", *(f"| {' | '.join(cells)} |" for cells in lines), ""]
 
 
-def conditions(config):
-    """What the runs have in common, in words."""
-    settings = config["settings"]
-    size = f"the first {settings['train_size']:,}" if settings.get("train_size") else "all"
-    tests = f"the first {settings['test_size']:,}" if settings.get("test_size") else "all"
+def conditions(common, results):
+    """What the runs have in common, and how to read the tables."""
+    configs = [result.config for result in results.values()]
+    settings = configs[0]["settings"]
+    size, tests = (f"the first {settings[name]:,}" if settings.get(name) else "all" for name in ("train_size", "test_size"))
+    rate = "main.py's own rate" if common["learning_rate"] is None else f"rate {common['learning_rate']:g}"
+    devices = ", ".join(sorted({config["device"] for config in configs}))
+    versions = ", ".join(sorted({str(config["versions"]["torch"]).split("+")[0] for config in configs}))
+    others = " ".join(f"--{name} {value}".strip() for name, value in common["options"].items() if name not in ("train_size", "test_size", "width", "arch", "dataset"))
     return (
-        f"{settings['dataset']}, {settings['arch']} of width {settings['width']}, {size} training and {tests} test pictures, batch {settings['batch_size']}, "
-        f"rate {settings['learning_rate']:g}, {settings['epochs']} epochs; {config['device']}, torch {str(config['versions']['torch']).split('+')[0]}. Mean ± standard deviation "
-        "over the seeds, after the last epoch; differences from the default by seed. The paper's numbers are of another task: linear evaluation of a ResNet-50 "
-        "on ImageNet after 100 epochs."
+        f"{settings['dataset']}, {settings['arch']} of width {settings['width']}, {size} training and {tests} test pictures, batch {common['batch_size']}, "
+        f"{rate}, {common['epochs']} epochs{others and f', {others}'}; {devices}, torch {versions}. Mean ± standard deviation over the seeds, after the last epoch; "
+        "the differences are of runs with the same seed. The paper's numbers are of another task: linear evaluation of a ResNet-50 on ImageNet after 100 epochs, "
+        "where chance is 0.1 %. From its Sec. 4.3 on (68.1) the paper does not decay the predictor's rate; the default here does."
     )
 
 
@@ -235,18 +245,19 @@ def plot_study(study, results, output, name, formats=FORMATS):
             if key == "std":
                 axes.set_ylim(0, max(1.15, axes.get_ylim()[1]))
                 level(axes, 1, "1: spread evenly over the sphere")
-                mark_collapse(axes, [results[variant.name].settings for variant in present])
+                mark_collapse(axes, [results[variant.name].config["settings"] for variant in present])
         figure.legend(loc="outside lower center", ncols=2)
 
 
 def write_studies(folder, output, formats=FORMATS):
     """The table and the figures of the studies of which the folder has runs, into the folder `output`; returns the files'
     names. What another study has too, as all have the default, does not bring one up. Raises OSError and ValueError."""
-    config = read_conditions(folder)
-    settings = config["settings"]
-    results = read_runs(folder, settings["epochs"])
-    files, lines, seen = [TABLE], [conditions(config), ""], {DEFAULT}
-    for name, study in make_studies(settings["epochs"], settings["batch_size"], settings["learning_rate"]).items():
+    common = read_study(folder)
+    results = read_runs(folder, common["epochs"])
+    if not results:
+        raise ValueError(f"{folder}: no run of ablate.py in it")
+    files, lines, seen = [TABLE], [conditions(common, results), ""], {DEFAULT}
+    for name, study in make_studies(common["epochs"], common["batch_size"], common["learning_rate"]).items():
         own = {variant.name for variant in study.variants} - seen
         seen |= own
         if own & results.keys():
