@@ -146,7 +146,7 @@ def name_children(tensors):
 def recognize(file, tensors, prefix):
     """Whose layout it is: words, the normalization and the stem's padding, as in Found."""
     roots = {name.split(".")[0] for name in tensors}
-    if roots == {"backbone", "projector", "predictor"} and "model" in file:
+    if roots - {"predictor"} == {"backbone", "projector"} and "model" in file:  # without: a run of the study
         return "a checkpoint.pt of this project", "", 1
     if roots & {"projection_head", "prediction_head"}:
         return "a checkpoint of lightly", IMAGENET, 1

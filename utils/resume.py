@@ -104,10 +104,10 @@ def load_state(script, path):
             f"{path}: from another version of {script.name} (its format is {state.get('format')}, this version's {FORMAT}); "
             f"{CONFIG} beside it names the commit that made it"
         )
-    if not (script.keys <= state.keys() and isinstance(state["config"], dict) and {*script.recipe} - STUDY.keys() <= state["config"].keys()):
-        raise ValueError(f"{path}: not a whole {script.checkpoint} of {script.name}; there have to be {', '.join(sorted(script.keys))}")
-    if script is PRETRAINING:
+    if isinstance(state["config"], dict) and script is PRETRAINING:
         state["config"] = {**STUDY, **state["config"]}
+    if not (script.keys <= state.keys() and isinstance(state["config"], dict) and {*script.recipe} <= state["config"].keys()):
+        raise ValueError(f"{path}: not a whole {script.checkpoint} of {script.name}; there have to be {', '.join(sorted(script.keys))}")
     return {**state, "origin": (path, stamp)}
 
 

@@ -36,7 +36,8 @@ def read_lines(folders):
         records, settings = log.read(folder), read_settings(folder)
         linear = is_linear(records)
         names = (*EVALUATION.recipe, "pretrained") if linear else PRETRAINING.recipe
-        recipe = tuple((name, str({**STUDY, **settings}.get(name))) for name in names if name != "seed") if settings else folder
+        whole = settings if linear else {**STUDY, **settings}
+        recipe = tuple((name, str(whole.get(name))) for name in names if name != "seed") if settings else folder
         groups.setdefault(recipe, []).append((folder, records, settings))
         kinds[linear] = folder
     if len(kinds) == 2:
