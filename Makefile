@@ -35,7 +35,9 @@ figures: $(INSTALLED)
 	$(RUN) -m utils.plot logs/cifar10-w16-24ep --output $(FIGURES)/run --format png
 	$(RUN) -m utils.plot logs/cifar10-5000-w16-20ep-seed* logs/cifar10-5000-w16-b64-30ep-seed* --output $(FIGURES)/seeds --format png
 	$(RUN) -m utils.plot logs/cifar10-w16-12ep-linear-lbfgs --output $(FIGURES)/linear --format png
-	cp $(FIGURES)/linear/confusion.png imgs/
+	$(RUN) -m utils.studies logs/ablations-30ep --output $(FIGURES)/stop_gradient --format png
+	$(RUN) -m utils.studies logs/ablations-10ep --output $(FIGURES)/studies --format png
+	cp $(FIGURES)/linear/confusion.png $(FIGURES)/stop_gradient/stop_gradient.png $(FIGURES)/studies/predictor.png imgs/
 	cp $(FIGURES)/run/loss-plot.png $(FIGURES)/run/top1-acc.png imgs/
 	cp $(FIGURES)/seeds/std.png imgs/seeds-std.png
 	cp $(FIGURES)/seeds/top1-acc.png imgs/seeds-top1-acc.png

@@ -73,7 +73,8 @@ def nearest(word, valid):
         return "".join(part[:1] for part in text.split("_"))
 
     word, forms = form(word), {form(each): each for each in valid}
-    found = difflib.get_close_matches(word, forms, n=1) or [each for each in forms if word and (word == initials(each) or each == initials(word))]
+    short = [each for each in forms if len(word) > 1 and word == initials(each)]  # first: by letters lr is near to blur
+    found = short or difflib.get_close_matches(word, forms, n=1) or [each for each in forms if word and each == initials(word)]
     return f"; did you mean {forms[found[0]]}?" if found else ""
 
 
