@@ -207,7 +207,7 @@ def test_no_batch_of_mean_zero_is_nearer_to_one_output():
 def test_outputs_collapse_without_stop_gradient_or_predictor_and_not_with(run_main):
     found = {}
     for name, options in {"with": (), "without": ("--no-stop_gradient",), "no predictor": ("--predictor", "none")}.items():
-        run_main("--epochs", 12, "--learning_rate", 0.1, "--eval_freq", 100, "--trial", name, *options)
+        run_main("--epochs", 10, "--learning_rate", 0.1, "--eval_freq", 100, "--trial", name, *options)
         found[name] = log.read(f"experiments/{name}")[-1]
     assert found["with"]["loss"] > -0.4 and found["with"]["std"] > 0.9
     for name in ("without", "no predictor"):

@@ -189,14 +189,14 @@ def test_any_folder_name_has_figures(tmp_path, name):
 
 
 def one_view(**fields):
-    draws = {"top": 0, "left": 0, "height": 32, "width": 32, "flip": False, "jitter": False, "order": [0, 1, 2, 3], "factors": [1.0, 1.0, 1.0, 0.0], "gray": False}
+    draws = {"top": 0, "left": 0, "height": 32, "width": 32, "flip": False, "jitter": False, "order": [0, 1, 2, 3], "factors": [1.0, 1.0, 1.0, 0.0], "gray": False, "sigma": 0.0}
     return Draws(**{name: torch.tensor([value]) for name, value in {**draws, **fields}.items()})
 
 
 def test_what_was_drawn_is_written_under_a_view():
     assert plot_views.words_of(one_view(), 0) == "crop 32×32 at (0, 0)\nno jitter"
-    draws = one_view(top=3, left=5, height=20, width=17, flip=True, jitter=True, order=[3, 1, 0, 2], factors=[0.7, 1.25, 1.4, -0.05], gray=True)
-    assert plot_views.words_of(draws, 0) == "crop 20×17 at (3, 5), flip\nhue −18°\ncontrast ×1.25\nbrightness ×0.70\nsaturation ×1.40\ngray"
+    draws = one_view(top=3, left=5, height=20, width=17, flip=True, jitter=True, order=[3, 1, 0, 2], factors=[0.7, 1.25, 1.4, -0.05], gray=True, sigma=1.5)
+    assert plot_views.words_of(draws, 0) == "crop 20×17 at (3, 5), flip\nhue −18°\ncontrast ×1.25\nbrightness ×0.70\nsaturation ×1.40\ngray\nblur σ 1.50"
 
 
 def test_views_are_shown_in_their_colors(tmp_path, monkeypatch, shapes):
