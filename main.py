@@ -217,9 +217,9 @@ def build(args, device, state):
     return model, optimizer, scaler
 
 
-def pretrain(args, device, data, model, optimizer, scaler, writer, state, stop):
+def pretrain(args, device, data, model, optimizer, scaler, writer, state, stop, begin):
     """Train from `state`, where a checkpoint is or new ones begin, to the last epoch, or until `stop`, a StopRequest,
-    has a signal. Returns the exit code."""
+    has a signal. begin: when the script did, as time.monotonic(). Returns the exit code."""
     precision_context = autocast(device, args.precision)
     make_views = blurred_views if args.blur else apply_views
     pairs = 2 if args.symmetry == "asymmetric_2x" else 1
@@ -281,7 +281,7 @@ def pretrain(args, device, data, model, optimizer, scaler, writer, state, stop):
                 bad = metrics[:, 0].isfinite().tolist().index(False)
                 return give_up(args, writer, epoch, bad, steps, f"the loss is {metrics[bad, 0]:g}")
 
-            state = {"epoch": epoch, "step": step, "metrics": metrics, "seconds": seconds}
+            state = {"epoch": epoch, "step": step, "metrics": metrics, "seconds": seconds, "wall_seconds": state["wall_seconds"]}
             if step == steps:
                 mean_loss, mean_std, _ = metrics.double().mean(dim=0).tolist()
                 speed = len(draws) * steps * batch / seconds
@@ -305,6 +305,8 @@ def pretrain(args, device, data, model, optimizer, scaler, writer, state, stop):
                         line += f", kNN k=1 {record['knn1']:.2f} %, k=200 {record['knn200']:.2f} %"
                         knn = f"kNN {record['knn200']:.1f} %, "
                 if not measured or "knn200" in record:  # else stopped in the kNN, which the resumed run makes
+                    now = time.monotonic()
+                    record["wall_seconds"], begin = round(state["wall_seconds"] + now - begin, 3), now
                     progress.epoch(epoch + 1, line, measured, f"loss {mean_loss:.3f}, std {mean_std:.2f}, {knn}{speed:,.0f} views/s")
                     writer.log(record)
                     state = new_epoch(epoch + 1)
@@ -313,7 +315,8 @@ def pretrain(args, device, data, model, optimizer, scaler, writer, state, stop):
             if stopped or finished or (state["step"] == 0 and state["epoch"] % args.save_freq == 0):
                 if not is_finite(model):
                     return give_up(args, writer, epoch, step - 1, steps, "after it a weight is not a finite number")
-                writer.save(run_files(args, device, state, model, optimizer, scaler), state["epoch"])
+                so_far = {**state, "wall_seconds": state["wall_seconds"] + time.monotonic() - begin}
+                writer.save(run_files(args, device, so_far, model, optimizer, scaler), state["epoch"])
             if stopped or finished:
                 writer.draw(draw_run)
             else:
@@ -329,7 +332,7 @@ def pretrain(args, device, data, model, optimizer, scaler, writer, state, stop):
 
 def new_epoch(epoch):
     """Where a run stands before the first step of an epoch, counted from 0."""
-    return {"epoch": epoch, "step": 0, "metrics": torch.zeros(0, 3), "seconds": 0.0}
+    return {"epoch": epoch, "step": 0, "metrics": torch.zeros(0, 3), "seconds": 0.0, "wall_seconds": 0.0}
 
 
 def run_files(args, device, state, model, optimizer, scaler):
@@ -447,7 +450,7 @@ def main(argv=None):
         )
     try:
         with StopRequest(args.max_minutes, begin) as stop:
-            code = pretrain(args, device, data, model, optimizer, scaler, writer, state, stop)
+            code = pretrain(args, device, data, model, optimizer, scaler, writer, state, stop, begin)
     except (MemoryError, torch.OutOfMemoryError) as error:
         reason = str(error).split(". ")[0]
         complain(f"main.py: error: out of memory ({reason}); lower --batch_size or --width")

@@ -34,12 +34,12 @@ def compare(first, second):
     from utils import checkpoint, log
 
     def figures(folder):
-        return [{k: v for k, v in record.items() if k not in ("seconds", "views_per_s")} for record in log.read(folder)]
+        return [{k: v for k, v in record.items() if k not in ("seconds", "wall_seconds", "views_per_s")} for record in log.read(folder)]
 
     assert figures(first) == figures(second), (figures(first), figures(second))
     for name in ("checkpoint.pt", "backbone.pt"):
         a, b = (checkpoint.load(os.path.join(folder, name)) for folder in (first, second))
-        flat_a, flat_b = (torch.utils._pytree.tree_flatten_with_path({k: v for k, v in state.items() if k != "config"})[0] for state in (a, b))
+        flat_a, flat_b = (torch.utils._pytree.tree_flatten_with_path({k: v for k, v in state.items() if k not in ("config", "wall_seconds")})[0] for state in (a, b))
         assert [path for path, _ in flat_a] == [path for path, _ in flat_b]
         for (path, x), (_, y) in zip(flat_a, flat_b):
             assert torch.equal(x, y) if torch.is_tensor(x) else x == y, (name, path)

@@ -45,7 +45,7 @@ def test_the_run_folder_is_complete(finished_run):
     assert [record["epoch"] for record in records] == [1, 2]
     for record in records:
         assert -1 <= record["loss"] <= 1 and 0.1 < record["std"] < 1.2
-        assert 0 < record["seconds"] and 0 < record["views_per_s"]
+        assert 0 < record["seconds"] < record["wall_seconds"] and 0 < record["views_per_s"]
         assert 0 <= record["knn1"] <= 100 and 0 <= record["knn200"] <= 100
     assert records[0]["lr"] == pytest.approx(0.03 * 32 / 256)  # the rate follows the batch
     with open(os.path.join(finished_run, "config.json")) as file:

@@ -179,6 +179,7 @@ def test_a_second_process_is_refused_while_the_first_lives(tmp_path, runs):
 def test_a_time_limit_stops_and_goes_on_exactly(tmp_path, runs):
     settings = ("--epochs", 4, "--eval_freq", 2, "--save_freq", 100)
     assert runs(*settings, "--trial", "whole")[0] == 0
+    begin = time.monotonic()
     code, output = runs(*settings, "--trial", "slices", "--max_minutes", 0)
     assert code == 0 and "stopped in epoch 1; to go on: python main.py --resume" in output and "done; next" not in output
     for i in range(50):  # ever longer slices: a slow machine needs the first ones to start, and makes no step in them
@@ -187,6 +188,8 @@ def test_a_time_limit_stops_and_goes_on_exactly(tmp_path, runs):
         if "done; next" in output:
             break
     kills.compare(str(tmp_path / "whole"), str(tmp_path / "slices"))
+    records = log.read(str(tmp_path / "slices"))  # its time is that of all slices
+    assert sum(record["seconds"] for record in records) < sum(record["wall_seconds"] for record in records) < time.monotonic() - begin
 
 
 def slow_knn(folder):

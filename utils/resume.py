@@ -105,7 +105,7 @@ def load_state(script, path):
             f"{CONFIG} beside it names the commit that made it"
         )
     if isinstance(state["config"], dict) and script is PRETRAINING:
-        state["config"] = {**STUDY, **state["config"]}
+        state = {"wall_seconds": 0.0, **state, "config": {**STUDY, **state["config"]}}
     if not (script.keys <= state.keys() and isinstance(state["config"], dict) and {*script.recipe} <= state["config"].keys()):
         raise ValueError(f"{path}: not a whole {script.checkpoint} of {script.name}; there have to be {', '.join(sorted(script.keys))}")
     return {**state, "origin": (path, stamp)}
