@@ -4,10 +4,12 @@
     python export.py features --pretrained experiments/1/backbone.pt --output features.npz --images FOLDER
     python export.py backbone --pretrained experiments/1/backbone.pt --format export --output backbone.pt2
     python export.py release experiments/1 --linear experiments/2 --name simsiam_resnet18_cifar10
+    python export.py check simsiam_resnet18_w16_cifar10
 
 features: an .npz with the features, float32, and labels of a data set, or of a folder of pictures. backbone: a
 state dict or a torch.export archive, read back and compared. release: weights/NAME.pt in fp16 with a .json
-of what they are, measured before and after the rounding; torch.hub loads them (hubconf.py).
+of what they are, measured before and after the rounding, and the classifier; torch.hub loads them (hubconf.py). check: whether
+they have the accuracies that they are said to have.
 """
 import datetime
 import io
@@ -18,24 +20,26 @@ from utils.cpu import prepare_cpu  # before torch
 import numpy
 import torch
 
+import hubconf
 from simsiam import ARCHS, is_plain, load_backbone
 from utils import checkpoint, log
 from utils.augment import MEAN, SIZE, STD
-from utils.cli import Parser, add_normalization, run, warn, whole_number
+from utils.cli import Parser, add_normalization, complain, real_number, run, warn, whole_number
 from utils.data import DATASETS, load_dataset, load_folder
-from utils.device import autocast, select_device, select_precision
+from utils.device import autocast, describe, select_device, select_precision
 from utils.features import extract_features
 from utils.knn import knn_accuracy
 from utils.metrics import top_k
-from utils.run import BACKBONE, CONFIG, RESULTS
+from utils.run import BACKBONE, CONFIG, RESULTS, read_config
 
 LARGEST = 23_000_000  # bytes of a released file
 MOVED = 0.05          # percentage points that fp16 may move an accuracy by without a warning
+HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def make_parser():
     parser = Parser(prog="export.py", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="features|backbone|release")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="features|backbone|release|check")
 
     features = commands.add_parser("features", help="features and labels to .npz", description="Features and labels to .npz.")
     add_source(features)
@@ -60,6 +64,14 @@ def make_parser():
     release.add_argument("--weights", default="weights", metavar="DIR", help="where they go")
     release.add_argument("--data_root", metavar="DIR", help="folder with the data (default: the run's)")
     add_device(release)
+
+    check = commands.add_parser("check", help="whether released weights have the accuracies of their .json", description="Measure released weights, loaded by torch.hub, and compare with their .json.")
+    check.add_argument("name", metavar="NAME", help="of the files")
+    check.add_argument("--data_root", default="data", metavar="DIR", help="folder that has, or gets, cifar-10-batches-py")
+    check.add_argument("--weights", default="weights", metavar="DIR", help="where they are")
+    check.add_argument("--within", type=real_number, default=MOVED, metavar="POINTS", help="percentage points that an accuracy may differ by; another device or precision may take more")
+    check.add_argument("--evaluation", metavar="FOLDER", help="of main_lincls.py with --evaluate on these weights and their classifier: to be compared too")
+    add_device(check)
     return parser
 
 
@@ -90,7 +102,7 @@ def read_backbone(args):
 
 def export_features(args):
     refuse_existing(args.output)
-    backbone, device, precision_context = on_device(args, read_backbone(args))
+    backbone, device, _, precision_context = on_device(args, read_backbone(args))
     if args.images is not None:
         images, labels, classes, files = load_folder(args.images, args.size)
         splits, more = {"": (images, labels)}, {"files": files}
@@ -112,8 +124,8 @@ def on_device(args, backbone):
     device = select_device(args.gpu)
     if device.type == "cpu":
         prepare_cpu()
-    precision_context = autocast(device, select_precision(args.precision, device))
-    return backbone.to(device, memory_format=torch.channels_last), device, precision_context
+    precision = select_precision(args.precision, device)
+    return backbone.to(device, memory_format=torch.channels_last), device, precision, autocast(device, precision)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -162,12 +174,12 @@ def rounded(backbone):
 
 
 def release(args):
-    """Write weights/NAME.pt and weights/NAME.json, with the accuracies in float32 and after the rounding to fp16."""
+    """Write weights/NAME.pt and weights/NAME.json, with the accuracies in float32 and after the rounding to fp16, and
+    weights/NAME-linear.pt, the classifier, where there is one. What is there already has to be of the same weights."""
     if os.path.basename(args.name) != args.name or args.name.startswith("."):
         raise ValueError(f"--name {args.name!r}: a plain name is needed, without slashes")
-    path, about = (os.path.join(args.weights, f"{args.name}.{ending}") for ending in ("pt", "json"))
-    refuse_existing(path, about)
-    config, last = log.read_json(os.path.join(args.run, CONFIG)), log.read(args.run)[-1]
+    path, about, classifier_path = (os.path.join(args.weights, f"{args.name}{ending}") for ending in (".pt", ".json", "-linear.pt"))
+    config, last = read_config(args.run), log.read(args.run)[-1]
     settings = config["settings"]
     if last["epoch"] != settings["epochs"]:
         raise ValueError(f"{args.run}: not finished, epoch {last['epoch']} of {settings['epochs']}")
@@ -176,9 +188,18 @@ def release(args):
     content = checkpoint.with_digest(rounded(backbone))
     if len(content) > LARGEST:
         raise ValueError(f"{path}: {len(content):,} bytes, more than {LARGEST:,}")
+    files = {path: content}
+    if classifier is not None:
+        files[classifier_path] = checkpoint.with_digest({name: value.contiguous() for name, value in classifier.items()})
+    refuse_others(files)
+    if os.path.lexists(about):
+        if not set(files) == {file for file in (path, classifier_path) if os.path.exists(file)} or log.read_json(about).get("sha256") != checkpoint.sha256(content):
+            raise ValueError(f"{about} exists and is of other weights; take another name or remove it")
+        print(f"{path}: released before")
+        return 0
     small = load_backbone(torch.load(io.BytesIO(content), weights_only=True), settings["arch"], verbose=False)
 
-    backbone, device, precision_context = on_device(args, backbone)
+    backbone, device, precision, precision_context = on_device(args, backbone)
     small = small.to(device, memory_format=torch.channels_last)
     data = load_dataset(settings["dataset"], args.data_root or settings["data_root"], device, settings["train_size"], settings["test_size"])
     float32, fp16 = (accuracies(one, classifier, linear, data, precision_context) for one in (backbone, small))
@@ -187,15 +208,28 @@ def release(args):
             warn(f"{name}: {float32[name]:.2f} % in float32, {value:.2f} % after the rounding to fp16")
 
     os.makedirs(args.weights, exist_ok=True)
-    checkpoint.write(path, content)
-    log.write_json(about, {
+    for file, file_content in files.items():
+        checkpoint.write(file, file_content)
+    log.write_json(about, {  # last: with it they are released
         "file": os.path.basename(path), "sha256": checkpoint.sha256(content), "bytes": len(content), "dtype": "fp16",
         "arch": settings["arch"], "width": settings["width"], "feature_dim": backbone.feature_dim, "mean": MEAN, "std": STD,
         "test_pictures": len(data.test_images), "accuracies": fp16, "accuracies_float32": float32, "linear_evaluation": linear,
+        "classifier": None if classifier is None else {"file": os.path.basename(classifier_path), "sha256": checkpoint.sha256(files[classifier_path])},
+        "measured_with": {"device": describe(device), "precision": precision},
         "recipe": {name: value for name, value in settings.items() if name not in ("data_root", "exp_dir", "resume", "trial", "gpu", "max_minutes")},
         "commit": config["commit"], "device": config["device"], "versions": config["versions"], "date": datetime.date.today().isoformat(),
     })
     print(f"{path}: {len(content):,} bytes; {', '.join(f'{name} {value:.2f} % (float32 {float32[name]:.2f})' for name, value in fp16.items())}")
+    return 0
+
+
+def refuse_others(files):
+    """Raises ValueError if there is a file of another content at one of these paths."""
+    for path, content in files.items():
+        if os.path.lexists(path):
+            with open(path, "rb") as file:
+                if file.read() != content:
+                    raise ValueError(f"{path} exists and has other weights; take another name or remove it")
 
 
 def read_linear(folder, backbone, run):
@@ -227,12 +261,62 @@ def accuracies(backbone, classifier, linear, data, precision_context):
     return figures
 
 
+# ---------------------------------------------------------------------------------------------------
+# Whether they are what they are said to be
+
+
+def check(args):
+    """Measure released weights, as torch.hub loads them, and compare with what their .json says. Returns the exit code."""
+    path, about = (os.path.join(args.weights, f"{args.name}.{ending}") for ending in ("pt", "json"))
+    said = log.read_json(about)
+    if not (isinstance(said, dict) and {"sha256", "accuracies", "linear_evaluation", "recipe"} <= said.keys()):
+        raise ValueError(f"{about}: not what a release wrote")
+    with open(path, "rb") as file:
+        check_sha256(path, file.read(), said["sha256"])
+    if hasattr(hubconf, args.name):
+        backbone, way = torch.hub.load(HERE, args.name, source="local", pretrained=True, folder=args.weights), "torch.hub"
+    else:
+        backbone, way = load_backbone(path, said["arch"], verbose=False), "load_backbone"
+    classifier, linear = None, said["linear_evaluation"]
+    if said.get("classifier") is not None:
+        classifier_path = os.path.join(args.weights, said["classifier"]["file"])
+        with open(classifier_path, "rb") as file:
+            check_sha256(classifier_path, file.read(), said["classifier"]["sha256"])
+        classifier = checkpoint.load(classifier_path)
+    recipe = said["recipe"]
+    backbone, device, precision, precision_context = on_device(args, backbone)
+    data = load_dataset(recipe["dataset"], args.data_root, device, recipe["train_size"], recipe["test_size"])
+    measured = accuracies(backbone, classifier, linear, data, precision_context)
+    rows = [(name, said["accuracies"][name], value) for name, value in measured.items()]
+    if args.evaluation is not None:
+        results = log.read_json(os.path.join(args.evaluation, RESULTS))
+        name = f"linear_seed{linear['seeds'][0]}"
+        if results["backbone"] != checkpoint.tensors_digest(backbone.state_dict()):
+            raise ValueError(f"--evaluation {args.evaluation}: of another backbone")
+        rows.append((f"{name}, main_lincls.py", said["accuracies"][name], results["test_top1"]))
+    print(f"{path}, by {way}, {describe(device)}, {precision}, {len(data.test_images):,} test pictures")
+    for name, value, found in rows:
+        print(f"{name:28}  said {value:6.2f} %  measured {found:6.2f} %")
+    worst = max(abs(found - value) for _, value, found in rows)
+    if worst > args.within + 1e-9:
+        complain(f"export.py: error: {path}: {worst:.2f} points from what it is said to have")
+        return 1
+    return 0
+
+
+def check_sha256(path, content, said):
+    if checkpoint.sha256(content) != said:
+        raise ValueError(f"{path}: its SHA-256 is {checkpoint.sha256(content)}, the released file's {said}")
+
+
+COMMANDS = {"features": export_features, "backbone": export_backbone, "release": release, "check": check}
+
+
 def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     with parser.user_errors():
-        {"features": export_features, "backbone": export_backbone, "release": release}[args.command](args)
-    return 0
+        return COMMANDS[args.command](args) or 0
 
 
 if __name__ == "__main__":

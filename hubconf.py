@@ -1,6 +1,8 @@
 """torch.hub entries. A local clone does as well as a repository:
 
     backbone = torch.hub.load(".", "simsiam_resnet18_cifar10", source="local", pretrained=True)
+
+Each takes a folder too, whose NAME.pt and NAME.json stand for those in this copy's weights/.
 """
 import hashlib as _hashlib
 import json as _json
@@ -13,7 +15,7 @@ dependencies = ["torch"]
 _WEIGHTS = _os.path.join(_os.path.dirname(_os.path.abspath(__file__)), "weights")
 
 
-def simsiam_resnet18_cifar10(pretrained=True):
+def simsiam_resnet18_cifar10(pretrained=True, folder=None):
     """CIFAR ResNet-18 (11.17 M parameters), pre-trained by SimSiam on CIFAR-10; pretrained=False: new weights.
 
     Returns it in evaluation mode, in float32, on the CPU: pictures float32 [B, 3, H, W], H and W at least 8 and best 32,
@@ -29,22 +31,22 @@ def simsiam_resnet18_cifar10(pretrained=True):
 
     Raises FileNotFoundError where this copy has no weights, and ValueError if their SHA-256 is not the one released.
     """
-    return _load("simsiam_resnet18_cifar10", 64, pretrained)
+    return _load("simsiam_resnet18_cifar10", 64, pretrained, folder)
 
 
-def simsiam_resnet18_w16_cifar10(pretrained=True):
+def simsiam_resnet18_w16_cifar10(pretrained=True, folder=None):
     """The same with a quarter of the channels, 16 to 128 (0.70 M parameters), from a short run of a CPU's size:
     -> features [B, 128]. For laptops and lessons; the .json in weights/ has its accuracies."""
-    return _load("simsiam_resnet18_w16_cifar10", 16, pretrained)
+    return _load("simsiam_resnet18_w16_cifar10", 16, pretrained, folder)
 
 
-def _load(name, width, pretrained):
+def _load(name, width, pretrained, folder):
     if not pretrained:
         return _resnet18(width).eval()
-    path, about = (_os.path.join(_WEIGHTS, f"{name}.{ending}") for ending in ("pt", "json"))
+    path, about = (_os.path.join(folder or _WEIGHTS, f"{name}.{ending}") for ending in ("pt", "json"))
     if not (_os.path.exists(path) and _os.path.exists(about)):
         raise FileNotFoundError(
-            f"no weights/{name}.pt with its .json in this copy: they have not been released yet; pretrained=False has the network without them"
+            f"no {path} with its .json: they have not been released yet; pretrained=False has the network without them"
         )
     with open(path, "rb") as file, open(about) as text:
         digest, released = _hashlib.sha256(file.read()).hexdigest(), _json.load(text)["sha256"]

@@ -382,6 +382,12 @@ def build_heads(args, backbone, device, state):
     return heads
 
 
+def check_backbone(state, path, backbone):
+    """Raises ValueError unless it is the one that the checkpoint with this state was trained on."""
+    if state["backbone"] != checkpoint.tensors_digest(backbone.state_dict()):
+        raise ValueError(f"--pretrained {path}: not the backbone that {state['origin'][0]} was trained on")
+
+
 def check(args, data):
     """Fill in what depends on the data. Raises ValueError for settings that do not go together."""
     if args.num_cls is None:
@@ -423,7 +429,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     set_quiet(args.quiet)
     with parser.user_errors():
-        folder, state = None, None
+        folder, state, typed = None, None, args.pretrained
         if args.resume is not None:
             if args.evaluate is not None:
                 raise ValueError("--evaluate trains nothing; there is nothing to --resume")
@@ -431,6 +437,8 @@ def main(argv=None):
         if state is not None:
             args = resumed_settings(EVALUATION, parser, argv, state["config"])
             if state["epoch"] >= args.epochs and os.path.exists(os.path.join(folder, RESULTS)):
+                if typed is not None:
+                    check_backbone(state, typed, load_backbone(checkpoint.load(typed), args.arch, args.width, verbose=False, name=typed))
                 tell(f"{folder}: already done, epoch {state['epoch']} of {args.epochs}; the figures are in {RESULTS}")
                 return 0
         elif args.resume is not None:
@@ -445,8 +453,8 @@ def main(argv=None):
             prepare_cpu()
         backbone = load_backbone(checkpoint.load(args.pretrained), args.arch, args.width, verbose=not args.quiet, name=args.pretrained).requires_grad_(False)
         args.backbone = checkpoint.tensors_digest(backbone.state_dict())
-        if state is not None and state["backbone"] != args.backbone:
-            raise ValueError(f"--pretrained {args.pretrained}: not the backbone that {state['origin'][0]} was trained on")
+        if state is not None:
+            check_backbone(state, args.pretrained, backbone)
         data = load_dataset(args.dataset, args.data_root, device, args.train_size, args.test_size)
         check(args, data)
         labeled = len(data.train_images)

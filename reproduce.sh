@@ -1,0 +1,162 @@
+#!/usr/bin/env bash
+# The paper's run on CIFAR-10, from the data to the table: pre-training, linear evaluation, weights in fp16, a check of them, figures.
+#
+#     bash reproduce.sh                       seed 0, on the first CUDA GPU
+#     bash reproduce.sh --seeds 3             seeds 0, 1, 2: what is done is left out
+#     bash reproduce.sh --max_minutes 25      in slices: the same command goes on, exactly
+#
+# The same at a CPU's size, in minutes:
+#
+#     bash reproduce.sh --gpu none --name small --weights simsiam_resnet18_w16_cifar10 --pretrain "--width 16 --train_size 2000 --test_size 2000 --batch_size 64 --epochs 4" --linear "--features cached --train_size 2000 --test_size 2000"
+#
+# --seeds N             runs, with seeds from 0 on (1)
+# --max_minutes M       stop after M minutes as Ctrl-C does, with exit code 0; the release and its check are not cut short
+# --data_root DIR       folder that has, or gets, cifar-10-batches-py (data)
+# --gpu N               number of the CUDA GPU, or none for the CPU (0)
+# --name NAME           all goes to experiments/NAME (paper)
+# --weights NAME        what the weights of seed 0 are called (simsiam_resnet18_cifar10)
+# --pretrain "OPTIONS"  more options of main.py
+# --linear "OPTIONS"    more options of main_lincls.py
+# --publish             in the end also: logs, weights and figures into logs/, weights/ and imgs/, tables into README.md
+#
+# PYTHON in the environment is the interpreter (python3). Exit code: 0; of the command that failed; 2 for a wrong option.
+set -euo pipefail
+set -m # each command has a process group of its own: Ctrl-C and other signals reach it once, from here
+BEGIN=$SECONDS
+cd "$(dirname "$0")"
+PYTHON=${PYTHON:-python3}
+
+refuse() {
+    echo "reproduce.sh: error: $1" >&2
+    exit 2
+}
+
+SEEDS=1 MINUTES='' DATA=data GPU=0 NAME=paper WEIGHTS=simsiam_resnet18_cifar10 PRETRAIN='' LINEAR='' PUBLISH=''
+while [ $# -gt 0 ]; do
+    case $1 in
+    --publish)
+        PUBLISH=yes
+        shift
+        continue
+        ;;
+    --help | -h)
+        sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"
+        exit 0
+        ;;
+    --seeds | --max_minutes | --data_root | --gpu | --name | --weights | --pretrain | --linear) ;;
+    *) refuse "unrecognized argument $1; bash reproduce.sh --help lists them" ;;
+    esac
+    [ $# -gt 1 ] || refuse "$1 needs a value"
+    case $1 in
+    --seeds) SEEDS=$2 ;;
+    --max_minutes) MINUTES=$2 ;;
+    --data_root) DATA=$2 ;;
+    --gpu) GPU=$2 ;;
+    --name) NAME=$2 ;;
+    --weights) WEIGHTS=$2 ;;
+    --pretrain) PRETRAIN=$2 ;;
+    --linear) LINEAR=$2 ;;
+    esac
+    shift 2
+done
+[[ $SEEDS =~ ^[1-9][0-9]{0,2}$ ]] || refuse "--seeds $SEEDS: a whole number of at least 1 is needed"
+[[ $MINUTES =~ ^([0-9]{1,7}(\.[0-9]+)?)?$ ]] || refuse "--max_minutes $MINUTES: a number of minutes is needed"
+[[ $GPU =~ ^([0-9]+|none)$ ]] || refuse "--gpu $GPU: the number of a GPU, or none"
+for each in "$NAME" "$WEIGHTS"; do
+    [[ $each =~ ^[A-Za-z0-9_][A-Za-z0-9_.-]*$ ]] || refuse "$each: a plain name is needed, of letters, digits, '_', '-' and '.'"
+done
+
+EXP=experiments/$NAME
+LIMIT=$(awk -v m="$MINUTES" 'BEGIN { print int(60 * m) }') # seconds
+DEVICE="--gpu $GPU"
+if [ "$GPU" = none ]; then
+    export CUDA_VISIBLE_DEVICES=
+    DEVICE=''
+fi
+if [ -n "$PUBLISH" ] && [ -e "weights/$WEIGHTS.json" ] && ! [ -e "$EXP/weights/$WEIGHTS.json" ]; then
+    refuse "weights/$WEIGHTS.json exists, and --publish would replace it; remove it, or take another name by --weights"
+fi
+
+# ---------------------------------------------------------------------------------------------------
+# Running a command
+
+CHILD=''
+on_signal() { # name, number: pass it on, and the command ends as after Ctrl-C
+    [ -n "$CHILD" ] || exit $((128 + $2))
+    kill -s "$1" -- "-$CHILD" 2>/dev/null || true
+}
+trap 'on_signal INT 2' INT
+trap 'on_signal TERM 15' TERM
+trap 'on_signal HUP 1' HUP
+
+run() { # a command, to its end; a failure ends this script
+    printf '\n$ %s\n' "$*"
+    local status=0
+    "$@" </dev/null &
+    CHILD=$!
+    wait "$CHILD" || status=$?
+    while kill -0 "$CHILD" 2>/dev/null; do # a signal ended the waiting, not the command
+        status=0
+        wait "$CHILD" || status=$?
+    done
+    CHILD=''
+    [ "$status" = 0 ] || exit "$status"
+}
+
+run_slice() { # a command that takes --max_minutes: for the time that is left
+    stop_if_time_is_up
+    run "$@" $(max_minutes)
+    stop_if_time_is_up
+}
+
+max_minutes() { # the option, where there is a limit
+    [ -z "$MINUTES" ] || awk -v m="$MINUTES" -v s=$((SECONDS - BEGIN)) 'BEGIN { printf "--max_minutes %.4f", m - s / 60 }'
+}
+
+stop_if_time_is_up() {
+    if [ -n "$MINUTES" ] && [ $((SECONDS - BEGIN)) -ge "$LIMIT" ]; then
+        echo "stopped after $MINUTES minutes; the same command goes on"
+        exit 0
+    fi
+}
+
+# ---------------------------------------------------------------------------------------------------
+# The runs: of each seed pre-training and linear evaluation, of the first one the weights
+
+RUNS=()
+for ((seed = 0; seed < SEEDS; seed++)); do
+    run_slice "$PYTHON" main.py --data_root "$DATA" $DEVICE $PRETRAIN --seed "$seed" --exp_dir "$EXP" --trial "seed$seed" --resume auto
+    run_slice "$PYTHON" main_lincls.py $DEVICE $LINEAR --pretrained "$EXP/seed$seed/backbone.pt" --exp_dir "$EXP" --trial "seed$seed-linear" --resume auto "$DATA"
+    RUNS+=("$EXP/seed$seed")
+done
+
+FILE=$EXP/weights/$WEIGHTS
+run "$PYTHON" export.py release "$EXP/seed0" --linear "$EXP/seed0-linear" --name "$WEIGHTS" --weights "$EXP/weights" --data_root "$DATA" $DEVICE
+if ! [ "$FILE.checked" -nt "$FILE.json" ]; then
+    rm -rf "$EXP/released"
+    run "$PYTHON" main_lincls.py $DEVICE $LINEAR --evaluate "$FILE-linear.pt" --pretrained "$FILE.pt" --exp_dir "$EXP" --trial released "$DATA"
+    run "$PYTHON" export.py check "$WEIGHTS" --weights "$EXP/weights" --evaluation "$EXP/released" --data_root "$DATA" $DEVICE
+    touch "$FILE.checked"
+fi
+
+run "$PYTHON" -m utils.plot "${RUNS[@]}" --output "$EXP" --format png
+run "$PYTHON" -m utils.results "${RUNS[@]}"
+
+# ---------------------------------------------------------------------------------------------------
+# Into the repository
+
+if [ -n "$PUBLISH" ]; then
+    LOGS=()
+    for folder in "${RUNS[@]}"; do
+        log=logs/$NAME-$(basename "$folder")
+        mkdir -p "$log" "$log-linear" weights imgs
+        cp "$folder"/{config.json,log.jsonl} "$log"
+        cp "$folder-linear"/{config.json,log.jsonl,results.json} "$log-linear"
+        LOGS+=("$log")
+    done
+    run "$PYTHON" -m utils.plot "${LOGS[@]}" --output "$EXP/published" --format png
+    cp "$EXP"/published/{loss-plot,top1-acc}.png imgs
+    cp "$FILE"{.pt,-linear.pt,.json} weights
+    run "$PYTHON" -m utils.results --update README.md
+fi
+printf '\ndone: %s\n' "$EXP"
