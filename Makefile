@@ -1,5 +1,6 @@
 # make demo   pre-train on the built-in shapes and evaluate, in minutes on any device
 # make test   run the tests
+# make reproduce  the paper's run on a CUDA GPU, from the data to the table; ARGS="--seeds 3" and so on: options of reproduce.sh
 # make figures  draw the figures of the README again
 # make clean  remove the virtual environment
 .DEFAULT_GOAL := demo
@@ -29,10 +30,14 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -q tests
 
-# The figures of runs that the README shows, from the committed logs.
+reproduce: $(INSTALLED)
+	PYTHON=$(abspath $(RUN)) bash reproduce.sh $(ARGS)
+
+# The figures of runs that the README shows, from the committed logs; the first two of the paper's run where it is there.
+PAPER := $(filter-out %-linear,$(wildcard logs/paper-seed*))
 FIGURES := $(shell mktemp -du)
 figures: $(INSTALLED)
-	$(RUN) -m utils.plot logs/cifar10-w16-24ep --output $(FIGURES)/run --format png
+	$(RUN) -m utils.plot $(or $(PAPER),logs/cifar10-w16-24ep) --output $(FIGURES)/run --format png
 	$(RUN) -m utils.plot logs/cifar10-5000-w16-20ep-seed* logs/cifar10-5000-w16-b64-30ep-seed* --output $(FIGURES)/seeds --format png
 	$(RUN) -m utils.plot logs/cifar10-w16-12ep-linear-lbfgs --output $(FIGURES)/linear --format png
 	$(RUN) -m utils.studies logs/ablations-30ep --output $(FIGURES)/stop_gradient --format png
@@ -46,4 +51,4 @@ figures: $(INSTALLED)
 clean:
 	rm -rf $(VENV)
 
-.PHONY: demo test figures clean
+.PHONY: demo test reproduce figures clean

@@ -145,6 +145,8 @@ def test_a_release_needs_a_finished_run_and_its_own_evaluation(released, finishe
         other = json.load(file)
     with open("linear/results.json", "w") as file:
         json.dump({**other, "backbone": "0"}, file)
+    os.mkdir("others")
+    shutil.copy(os.path.join(finished_run, "backbone.pt"), "others/other.pt")
     shutil.copytree(released / "linear", "cifar")
     with open("cifar/config.json") as file:
         config = json.load(file)
@@ -156,13 +158,63 @@ def test_a_release_needs_a_finished_run_and_its_own_evaluation(released, finishe
         ([finished_run, "--name", "a", "--linear", "linear"], "an evaluation of another backbone"),
         ([finished_run, "--name", "a", "--linear", "cifar"], "its dataset is cifar10, the run's shapes"),
         ([finished_run, "--name", "../a"], "a plain name"),
-        ([finished_run, "--name", "small", "--weights", str(released / "weights")], "exists"),
+        ([finished_run, "--name", "small", "--weights", str(released / "weights")], "exists and is of other weights"),  # without a classifier
+        ([finished_run, "--name", "other", "--weights", "others"], "others/other.pt exists and has other weights"),
         (["none", "--name", "a"], "none"),
     ):
         with pytest.raises(SystemExit) as stop:
             export.main(["release", *args])
         assert stop.value.code == 2 and words in (said := capsys.readouterr().err) and said.count("\n") == 1
     assert not os.path.exists("weights")
+
+
+def test_a_release_that_was_killed_is_finished_and_one_that_is_done_is_left(released, finished_run, capsys):
+    command = ["release", finished_run, "--linear", str(released / "linear"), "--name", "small", "--weights", str(released / "again")]
+    shutil.copytree(released / "weights", released / "again")
+    for missing in ((), ("small.json",), ("small.json", "small-linear.pt")):
+        for name in missing:
+            os.remove(released / "again" / name)
+        assert export.main(command) == 0
+        assert ("released before" in capsys.readouterr().out) == (not missing)
+        for name in ("small.pt", "small-linear.pt", "small.json"):
+            assert (released / "again" / name).read_bytes() == (released / "weights" / name).read_bytes()
+
+
+def test_released_weights_are_checked(released, in_tmp, capsys):
+    """By their accuracies, those of main_lincls.py on them, and their SHA-256."""
+    weights = str(released / "weights")
+    base = ["--dataset", "shapes", "--train_size", "256", "--test_size", "100", "--pretrained", f"{weights}/small.pt", "--trial", "evaluated"]
+    assert main_lincls.main([*base, "--evaluate", f"{weights}/small-linear.pt"]) == 0
+    with open("experiments/evaluated/results.json") as file:
+        top1 = json.load(file)["test_top1"]
+    capsys.readouterr()
+    command = ["check", "small", "--weights", "weights", "--evaluation", "experiments/evaluated"]
+    shutil.copytree(weights, "weights")
+    assert export.main(command) == 0
+    said = capsys.readouterr().out
+    assert said.count(f"said {top1:6.2f} %  measured {top1:6.2f} %") >= 2 and "by load_backbone" in said and said.count("measured") == 4
+
+    about = json.loads((in_tmp / "weights" / "small.json").read_text())
+    about["accuracies"]["knn1"] += 0.2
+    (in_tmp / "weights" / "small.json").write_text(json.dumps(about))
+    assert export.main(command) == 1 and "0.20 points from what it is said to have" in capsys.readouterr().err
+    assert export.main([*command, "--within", "0.2"]) == 0
+
+    with open("experiments/evaluated/results.json") as file:
+        results = json.load(file)
+    capsys.readouterr()
+    for break_it, words in (
+        (lambda: log.write_json("experiments/evaluated/results.json", {**results, "backbone": "0"}), "of another backbone"),
+        (lambda: checkpoint.save("weights/small-linear.pt", {}), "weights/small-linear.pt: its SHA-256 is"),
+        (lambda: checkpoint.save("weights/small.pt", {}), "weights/small.pt: its SHA-256 is"),
+        (lambda: log.write_json("weights/small.json", []), "not what a release wrote"),
+        (lambda: os.remove("weights/small.json"), "weights/small.json"),
+    ):
+        break_it()
+        with pytest.raises(SystemExit) as stop:
+            export.main(command)
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and words in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("args, words", [
@@ -176,7 +228,7 @@ def test_a_release_needs_a_finished_run_and_its_own_evaluation(released, finishe
     ("backbone --pretrained {b} --output b.pt --format export --dtype fp16", "fp16"),
     ("backbone --pretrained {b} --output b.pt --arch resnet34", "resnet18 of width 4"),
     ("backbone --pretrained {b} --output b.pt --format onnx", "onnx"),
-    ("", "features|backbone|release"),
+    ("", "features|backbone|release|check"),
 ])
 def test_export_refuses(in_tmp, backbone_pt, capsys, args, words):
     os.mkdir("empty")
@@ -222,6 +274,7 @@ for name, width in (("simsiam_resnet18_cifar10", 64), ("simsiam_resnet18_w16_cif
     assert "FileNotFoundError" in error("none", name) and "not been released yet" in error("none", name), error("none", name)
     backbone, weights = load("good", name), torch.load(f"good/weights/{name}.pt")
     assert not backbone.training and torch.equal(backbone.conv1.weight, weights["conv1.weight"].float())
+    assert torch.equal(load("none", name, folder="good/weights").conv1.weight, backbone.conv1.weight)
     assert "ValueError" in error("wrong", name) and "SHA-256" in error("wrong", name), error("wrong", name)
 
 import utils.own
@@ -269,3 +322,4 @@ def test_released_weights_are_what_their_json_says():
         path, said = about.with_suffix(".pt"), json.loads(about.read_text())
         assert hashlib.sha256(path.read_bytes()).hexdigest() == said["sha256"] and path.stat().st_size == said["bytes"] <= 23_000_000
         assert simsiam.load_backbone(path, said["arch"], verbose=False).feature_dim == said["feature_dim"]
+        assert hashlib.sha256((REPO / "weights" / said["classifier"]["file"]).read_bytes()).hexdigest() == said["classifier"]["sha256"]

@@ -1,6 +1,7 @@
 """main_lincls.py end to end, and its parts against closed forms."""
 import json
 import os
+import shutil
 import signal
 import statistics
 
@@ -163,8 +164,23 @@ def test_a_time_limit_ends_with_zero_and_auto_goes_on(finished_run, run_lincls, 
     assert run_lincls("--resume", "auto") == 0
     assert log.read("experiments/a")[-1]["epoch"] == 100
     capsys.readouterr()
-    assert run_lincls("--resume", "auto") == 0
-    assert "already done, epoch 100 of 100" in capsys.readouterr().out
+    for again in ((), base):
+        assert run_lincls(*again, "--resume", "auto") == 0
+        assert "already done, epoch 100 of 100" in capsys.readouterr().out
+
+
+def test_a_finished_evaluation_is_not_taken_for_one_of_another_backbone(finished_run, run_lincls, no_gpu, capsys):
+    """As where a run was made again under its old name."""
+    shutil.copy(os.path.join(finished_run, "backbone.pt"), "backbone.pt")
+    base = ["--pretrained", "backbone.pt", "--features", "cached", "--epochs", 1]
+    assert run_lincls(*base, "--trial", "a") == 0
+    state = checkpoint.load("backbone.pt")
+    checkpoint.save("backbone.pt", {**state, "bn1.bias": state["bn1.bias"] + 1})
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_lincls(*base, "--trial", "a", "--resume", "auto")
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "not the backbone that" in said and said.count("\n") == 1
 
 
 def test_an_evaluation_goes_on_without_its_log(finished_run, run_lincls, no_gpu, monkeypatch):

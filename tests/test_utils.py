@@ -18,7 +18,7 @@ import main_lincls
 import visualize
 from benchmarks import speed
 from conftest import REPO
-from utils import checkpoint, log, plot, report, studies
+from utils import checkpoint, log, plot, report, results, studies
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
@@ -114,6 +114,7 @@ PARSERS = {
     "main.py": pretraining.make_parser, "main_lincls.py": main_lincls.make_parser, "export.py": export.make_parser,
     "visualize.py": visualize.make_parser, "benchmarks/speed.py": speed.make_parser, "tests/kills.py": kills.make_parser,
     "utils.plot": plot.make_parser, "utils.log": log.make_parser, "utils.report": report.make_parser, "utils.studies": studies.make_parser,
+    "utils.results": results.make_parser,
 }
 
 
@@ -130,7 +131,7 @@ def test_the_documented_commands_parse():
     """Every command in the documents and in the scripts' docstrings is one that the real parsers take, or names files and
     targets that are there."""
     texts = [path.read_text() for path in (REPO / "README.md", REPO / "logs" / "README.md", REPO / "benchmarks" / "results" / "README.md")]
-    texts += [module.__doc__ for module in (pretraining, main_lincls, export, visualize, ablate, plot, log, report, studies)]
+    texts += [module.__doc__ for module in (pretraining, main_lincls, export, visualize, ablate, plot, log, report, results, studies)]
     targets = re.findall(r"^(\w+):", (REPO / "Makefile").read_text(), re.MULTILINE)
     seen = set()
     for program, *args in (command for text in texts for command in commands_in(text)):

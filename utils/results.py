@@ -105,13 +105,22 @@ def read_linear(run, untrained=False):
     return linear
 
 
+def values_of(runs, value):
+    """What value(run) is for these runs: each once, in words."""
+    return ", ".join(sorted({str(found) for run in runs if (found := value(run)) is not None}))
+
+
 def training_time(runs):
-    """Minutes a run and the device, in words."""
+    """Minutes a run, the device, precision, version of torch and, where they are known, the dates."""
     key, words = ("wall_seconds", "") if all("wall_seconds" in record for run in runs for record in run.records if record["epoch"]) else ("seconds", " (steps alone)")
     minutes = statistics.fmean(sum(record.get(key, 0) for record in run.records) / 60 for run in runs)
-    devices = ", ".join(sorted({run.config["device"] for run in runs}))
-    precision = ", ".join(sorted({run.settings["precision"] for run in runs}))
-    return f"{minutes:.0f} min{words}, {devices}, {precision}"
+    where = [
+        values_of(runs, value) for value in (
+            lambda run: run.config["device"], lambda run: run.settings["precision"],
+            lambda run: f"torch {run.config['versions']['torch'].split('+')[0]}", lambda run: run.config.get("date"),
+        )
+    ]
+    return ", ".join([f"{minutes:.0f} min{words}", *filter(None, where)])
 
 
 def linear_cells(runs, untrained=False):

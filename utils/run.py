@@ -1,4 +1,5 @@
 """The folder of a run: made, locked, and written to as far as the disk allows."""
+import datetime
 import fcntl
 import math
 import os
@@ -67,11 +68,12 @@ def git_commit():
 
 
 def write_config(folder, settings, device):
-    """Write config.json: argv, every setting, git commit, versions and device."""
+    """Write config.json: argv, every setting, git commit, date, versions and device."""
     config = {
         "argv": sys.argv,
         "settings": settings,
         "commit": git_commit(),
+        "date": datetime.date.today().isoformat(),
         "device": describe(device),
         "versions": {
             "python": platform.python_version(),

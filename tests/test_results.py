@@ -1,0 +1,137 @@
+"""The tables of results, against logs written here, and those of the README against the committed ones."""
+import glob
+import json
+import os
+import shutil
+import statistics
+
+import pytest
+
+import hubconf
+import main as pretraining
+import main_lincls
+from conftest import REPO
+from utils import log, results
+
+TOP1 = (91.7, 91.9, 92.3)
+
+
+def write(folder, settings, records, device="a GPU"):
+    os.makedirs(folder)
+    log.write_json(os.path.join(folder, "config.json"), {"argv": [], "commit": None, "date": "2026-11-25", "device": device, "versions": {"torch": "2.11.0+cu130"}, "settings": settings})
+    for record in records:
+        log.append(folder, record)
+
+
+def defaults(parser, **settings):
+    return {**vars(parser.parse_args([])), "precision": "bf16", **settings}
+
+
+def write_pair(name, seed=0, top1=91.0, wall=True, linear=(), **settings):
+    """The logs of a run of two epochs, of which the settings say how many, and of its evaluation."""
+    run = defaults(pretraining.make_parser(), **{"learning_rate": 0.06, "seed": seed, "trial": name, **settings})
+    epochs = run["epochs"]
+    times = {"seconds": 60.0, **({"wall_seconds": 90.0} if wall else {})}
+    write(name, run, [
+        {"epoch": 0, "knn1": 20.0 + seed, "knn200": 30.0 + seed}, {"epoch": 1, "loss": -0.5, **times},
+        {"epoch": epochs, "loss": -0.9, "knn1": 88.0 + seed, "knn200": 90.0 + seed, **times},
+    ])
+    evaluation = defaults(main_lincls.make_parser(), **{"lr": 30.0, "pretrained": f"experiments/{name}/backbone.pt", **dict(linear)})
+    write(f"{name}-linear", evaluation, [{"epoch": 50, "test_top1": top1 + 1}, {"epoch": evaluation["epochs"], "test_top1": top1}])
+    return name
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_defaults_are_the_papers_recipe_and_protocol():
+    """What the tables leave unsaid is what the scripts do by default."""
+    run, linear = defaults(pretraining.make_parser(), learning_rate=0.06), defaults(main_lincls.make_parser(), lr=30.0)
+    assert results.recipe_of(run) == "ResNet-18" and results.is_the_papers(run) and not list(results.differences(linear, results.PROTOCOL))
+    assert {name: run[name] for name in results.RECIPE if name != "learning_rate"} == {name: value for name, value in results.RECIPE.items() if name != "learning_rate"}
+    assert hasattr(hubconf, results.PAPER_WEIGHTS)
+
+
+def test_three_seeds_are_a_line_with_mean_and_standard_deviation():
+    names = [write_pair(f"paper-seed{seed}", seed, top1) for seed, top1 in enumerate(TOP1)]
+    lines = results.results_table(names)
+    assert cells(lines[2]) == [
+        "ResNet-18", "800", "3", "89.00 ± 1.00", "91.00 ± 1.00", f"{statistics.fmean(TOP1):.2f} ± {statistics.stdev(TOP1):.2f}",
+        f"{statistics.fmean(TOP1) + 1:.2f} ± {statistics.stdev(TOP1):.2f}", "3 min, a GPU, bf16, torch 2.11.0, 2026-11-25",
+    ]
+    assert cells(lines[3]) == ["the same, untrained", "0", "3", "21.00 ± 1.00", "31.00 ± 1.00", "–", "–", "–"]
+    assert cells(lines[4])[0] == "published: paper" and "91.8" in lines[4]
+    assert not any("paper's own run" in line for line in lines)
+    assert "is not among these yet" in results.results_table([])[-1] and "has 2 seeds so far" in results.results_table(names[:2])[-1]
+
+
+def test_what_differs_from_the_recipe_and_the_protocol_is_said():
+    write_pair("small", wall=False, epochs=12, width=16, batch_size=128, blur=0.5, linear={"features": "cached", "lr": 3.0})
+    write_pair("proportional", epochs=12, batch_size=100, learning_rate=0.03 * 100 / 256, train_size=5000)
+    lines = results.results_table(["small", "proportional"])
+    assert cells(lines[2])[0] == "ResNet-18, 5,000 training pictures, batch 100"  # the wider one first
+    assert cells(lines[4])[0] == "ResNet-18, width 16, batch 128, rate 0.06, `--blur 0.5`"
+    assert cells(lines[4])[5] == "91.00 (cached features, rate 3)" and cells(lines[4])[7] == "2 min (steps alone), a GPU, bf16, torch 2.11.0, 2026-11-25"
+
+
+def test_what_is_no_result_is_refused(capsys):
+    write_pair("a")
+    shutil.copytree("a-linear", "b-linear")
+    write_pair("half", epochs=20)
+    with open("half/log.jsonl") as file:
+        lines = file.readlines()
+    with open("half/log.jsonl", "w") as file:
+        file.writelines(lines[:-1])
+    write("b", defaults(pretraining.make_parser(), trial="b", learning_rate=0.06), [{"epoch": 800, "loss": -0.9, "knn1": 1.0, "knn200": 1.0, "seconds": 1.0}])
+    write_pair("c", 1, linear={"features": "cached"})
+    open("marks.md", "w").close()
+    for args, words in (
+        (["b"], "an evaluation of experiments/a/backbone.pt, not of b"), (["half"], "not a finished run"), (["a-linear"], "not a finished run"),
+        (["a", "c"], "different protocols"), (["none"], "none"), (["a", "--update", "none.md"], "none.md"), (["a", "--update", "marks.md"], "one pair of marks"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            results.main(args)
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and words in said and said.count("\n") == 1, said
+
+
+def test_a_document_gets_its_tables_and_keeps_the_rest():
+    text = "before\n<!-- results: how -->\nold\n<!-- end of results -->\nbetween\n<!-- weights -->\n<!-- end of weights -->\nafter\n"
+    with open("a.md", "w") as file:
+        file.write(text)
+    for _ in range(2):  # again: the same
+        results.update("a.md", {"results": ["one", "two\\1"], "weights": ["three"]})
+        with open("a.md") as file:
+            assert file.read() == (
+                "before\n<!-- results: how -->\n\none\ntwo\\1\n\n<!-- end of results -->\nbetween\n<!-- weights -->\n\nthree\n\n<!-- end of weights -->\nafter\n"
+            )
+
+
+def test_the_readmes_tables_are_those_of_the_logs_and_weights(monkeypatch):
+    with open("README.md", "w") as file:
+        file.write((REPO / "README.md").read_text())
+    path = os.path.abspath("README.md")
+    monkeypatch.chdir(REPO)
+    results.main(["--update", path])
+    with open(path) as file:
+        assert file.read() == (REPO / "README.md").read_text()
+
+
+def test_the_runs_of_the_table_are_those_on_all_pictures(monkeypatch):
+    """And each of their numbers is the last of a log."""
+    monkeypatch.chdir(REPO)
+    chosen = [folder for folder in sorted(glob.glob("logs/*")) if results.is_a_result(folder)]
+    assert {"logs/cifar10-w16-12ep", "logs/cifar10-w16-24ep"} <= set(chosen)
+    table = "\n".join(results.results_table(chosen))
+    for folder in ("logs/cifar10-w16-24ep", "logs/cifar10-w16-24ep-linear"):
+        with open(os.path.join(folder, "log.jsonl")) as file:
+            last = json.loads(file.readlines()[-1])
+        for name in ("knn1", "knn200", "test_top1"):
+            if name in last:
+                assert f"| {last[name]:.2f} " in table
