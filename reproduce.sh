@@ -11,7 +11,7 @@
 #
 # --seeds N             runs, with seeds from 0 on (1)
 # --max_minutes M       stop after M minutes as Ctrl-C does, with exit code 0; the release and its check are not cut short
-# --data_root DIR       folder that has, or gets, cifar-10-batches-py (data)
+# --data_root DIR       folder that has, or gets, cifar-10-batches-py, seen from this one (data)
 # --gpu N               number of the CUDA GPU, or none for the CPU (0)
 # --name NAME           all goes to experiments/NAME (paper)
 # --weights NAME        what the weights of seed 0 are called (simsiam_resnet18_cifar10)
