@@ -157,6 +157,6 @@ if [ -n "$PUBLISH" ]; then
     run "$PYTHON" -m utils.plot "${LOGS[@]}" --output "$EXP/published" --format png
     cp "$EXP"/published/{loss-plot,top1-acc}.png imgs
     cp "$FILE"{.pt,-linear.pt,.json} weights
-    run "$PYTHON" -m utils.results --update README.md
+    run "$PYTHON" -m utils.results --update README.md logs/README.md
 fi
 printf '\ndone: %s\n' "$EXP"

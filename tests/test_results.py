@@ -60,24 +60,31 @@ def test_the_defaults_are_the_papers_recipe_and_protocol():
 
 def test_three_seeds_are_a_line_with_mean_and_standard_deviation():
     names = [write_pair(f"paper-seed{seed}", seed, top1) for seed, top1 in enumerate(TOP1)]
-    lines = results.results_table(names)
+    groups = results.read_groups(names)
+    lines = results.full_table(groups)
     assert cells(lines[2]) == [
         "ResNet-18", "800", "3", "89.00 ± 1.00", "91.00 ± 1.00", f"{statistics.fmean(TOP1):.2f} ± {statistics.stdev(TOP1):.2f}",
         f"{statistics.fmean(TOP1) + 1:.2f} ± {statistics.stdev(TOP1):.2f}", "3 min, a GPU, bf16, torch 2.11.0, 2026-11-25",
     ]
     assert cells(lines[3]) == ["the same, untrained", "0", "3", "21.00 ± 1.00", "31.00 ± 1.00", "–", "–", "–"]
-    assert cells(lines[4])[0] == "published: paper" and "91.8" in lines[4]
+    assert len(lines) == 4
+    lines = results.brief_table(groups)
+    top1 = f"{statistics.fmean(TOP1):.2f} ± {statistics.stdev(TOP1):.2f}"
+    assert cells(lines[2]) == ["ResNet-18", "800", "3", "91.00 ± 1.00; untrained 31.00 ± 1.00", top1, "3 min, a GPU"]
+    assert cells(lines[3]) == ["published: paper", "800", "–", "about 90", "91.8", "–"]
     assert not any("paper's own run" in line for line in lines)
-    assert "is not among these yet" in results.results_table([])[-1] and "has 2 seeds so far" in results.results_table(names[:2])[-1]
+    assert "is not among these yet" in results.brief_table([])[-1] and "has 2 seeds so far" in results.brief_table(results.read_groups(names[:2]))[-1]
 
 
 def test_what_differs_from_the_recipe_and_the_protocol_is_said():
     write_pair("small", wall=False, epochs=12, width=16, batch_size=128, blur=0.5, linear={"features": "cached", "lr": 3.0})
     write_pair("proportional", epochs=12, batch_size=100, learning_rate=0.03 * 100 / 256, train_size=5000)
-    lines = results.results_table(["small", "proportional"])
+    groups = results.read_groups(["small", "proportional"])
+    lines = results.full_table(groups)
     assert cells(lines[2])[0] == "ResNet-18, 5,000 training pictures, batch 100"  # the wider one first
     assert cells(lines[4])[0] == "ResNet-18, width 16, batch 128, rate 0.06, `--blur 0.5`"
     assert cells(lines[4])[5] == "91.00 (cached features, rate 3)" and cells(lines[4])[7] == "2 min (steps alone), a GPU, bf16, torch 2.11.0, 2026-11-25"
+    assert cells(results.brief_table(groups)[3])[5] == "2 min (steps alone), a GPU"
 
 
 def test_what_is_no_result_is_refused(capsys):
@@ -93,7 +100,7 @@ def test_what_is_no_result_is_refused(capsys):
     open("marks.md", "w").close()
     for args, words in (
         (["b"], "an evaluation of experiments/a/backbone.pt, not of b"), (["half"], "not a finished run"), (["a-linear"], "not a finished run"),
-        (["a", "c"], "different protocols"), (["none"], "none"), (["a", "--update", "none.md"], "none.md"), (["a", "--update", "marks.md"], "one pair of marks"),
+        (["a", "c"], "different protocols"), (["none"], "none"), (["a", "--update", "none.md"], "none.md"), (["a", "--update", "marks.md"], "no marks of a table"),
     ):
         with pytest.raises(SystemExit) as stop:
             results.main(args)
@@ -113,14 +120,17 @@ def test_a_document_gets_its_tables_and_keeps_the_rest():
             )
 
 
-def test_the_readmes_tables_are_those_of_the_logs_and_weights(monkeypatch):
-    with open("README.md", "w") as file:
-        file.write((REPO / "README.md").read_text())
-    path = os.path.abspath("README.md")
+def test_the_documents_tables_are_those_of_the_logs_and_weights(monkeypatch, tmp_path):
+    names = ("README.md", os.path.join("logs", "README.md"))
+    os.mkdir("logs")
+    for name in names:
+        text = (REPO / name).read_text()
+        assert text.count("-->\n\n| ") == text.count("<!-- end of ") > 0
+        (tmp_path / name).write_text(text.replace("\n\n| ", "\n\n| other "))
     monkeypatch.chdir(REPO)
-    results.main(["--update", path])
-    with open(path) as file:
-        assert file.read() == (REPO / "README.md").read_text()
+    results.main(["--update", *(str(tmp_path / name) for name in names)])
+    for name in names:
+        assert (tmp_path / name).read_text() == (REPO / name).read_text().replace("\n\n| ", "\n\n| other ").replace("-->\n\n| other ", "-->\n\n| ")
 
 
 def test_the_runs_of_the_table_are_those_on_all_pictures(monkeypatch):
@@ -128,10 +138,11 @@ def test_the_runs_of_the_table_are_those_on_all_pictures(monkeypatch):
     monkeypatch.chdir(REPO)
     chosen = [folder for folder in sorted(glob.glob("logs/*")) if results.is_a_result(folder)]
     assert {"logs/cifar10-w16-12ep", "logs/cifar10-w16-24ep"} <= set(chosen)
-    table = "\n".join(results.results_table(chosen))
+    groups = results.read_groups(chosen)
+    full, brief = ("\n".join(table(groups)) for table in (results.full_table, results.brief_table))
     for folder in ("logs/cifar10-w16-24ep", "logs/cifar10-w16-24ep-linear"):
         with open(os.path.join(folder, "log.jsonl")) as file:
             last = json.loads(file.readlines()[-1])
         for name in ("knn1", "knn200", "test_top1"):
             if name in last:
-                assert f"| {last[name]:.2f} " in table
+                assert f"| {last[name]:.2f} " in full and (name == "knn1" or f"| {last[name]:.2f}" in brief)

@@ -2,7 +2,7 @@
 
     python -m utils.results                            # of the runs in logs/, on the terminal
     python -m utils.results FOLDER...                  # of these runs
-    python -m utils.results --update README.md         # into a document, between the marks of the tables
+    python -m utils.results --update README.md logs/README.md      # into documents, between the marks of the tables
 
 A run's linear evaluation is looked for beside it, in FOLDER-linear, and that of its untrained network in FOLDER-linear-untrained.
 """
@@ -16,7 +16,7 @@ from utils import checkpoint, log
 from utils.cli import Parser
 from utils.published import KNN, LINEAR
 from utils.resume import STUDY
-from utils.runs import by_recipe, read_run
+from utils.runs import by_recipe, mean_and_std, read_run
 
 NONE = "–"
 LINEAR_OF, UNTRAINED = "-linear", "-untrained"
@@ -66,11 +66,9 @@ def is_the_papers(settings):
     return recipe_of(settings) == "ResNet-18" and settings["epochs"] == EPOCHS
 
 
-def mean_and_std(values):
-    """The mean in percent, with the standard deviation where there are several values."""
-    if not values or None in values:
-        return NONE
-    return f"{statistics.fmean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+def percent(values):
+    """Their mean, with the standard deviation where there are several; a dash where one is missing."""
+    return NONE if None in values else mean_and_std(values, 2)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -110,8 +108,8 @@ def values_of(runs, value):
     return ", ".join(sorted({str(found) for run in runs if (found := value(run)) is not None}))
 
 
-def training_time(runs):
-    """Minutes a run, the device, precision, version of torch and, where they are known, the dates."""
+def training_time(runs, brief=False):
+    """Minutes a run and the device; precision, version of torch and, where they are known, the dates."""
     key, words = ("wall_seconds", "") if all("wall_seconds" in record for run in runs for record in run.records if record["epoch"]) else ("seconds", " (steps alone)")
     minutes = statistics.fmean(sum(record.get(key, 0) for record in run.records) / 60 for run in runs)
     where = [
@@ -120,7 +118,7 @@ def training_time(runs):
             lambda run: f"torch {run.config['versions']['torch'].split('+')[0]}", lambda run: run.config.get("date"),
         )
     ]
-    return ", ".join([f"{minutes:.0f} min{words}", *filter(None, where)])
+    return ", ".join([f"{minutes:.0f} min{words}", *filter(None, where[:1] if brief else where)])
 
 
 def linear_cells(runs, untrained=False):
@@ -133,49 +131,57 @@ def linear_cells(runs, untrained=False):
         raise ValueError(f"{runs[0].folder}: the linear evaluations of its seeds have different protocols: {'; '.join(sorted(protocols))}")
     protocol = protocols.pop()
     return [
-        mean_and_std([log.last(linear.records, "test_top1")[0] for linear in linears]) + (f" ({protocol})" if protocol else ""),
-        mean_and_std([max(record["test_top1"] for record in linear.records) for linear in linears]),
+        percent([log.last(linear.records, "test_top1")[0] for linear in linears]) + (f" ({protocol})" if protocol else ""),
+        percent([max(record["test_top1"] for record in linear.records) for linear in linears]),
     ]
 
 
-def rows_of(runs):
-    """The lines of runs that differ in the seed alone: trained, and untrained where that was measured."""
-    settings = runs[0].settings
-    yield [
-        recipe_of(settings), str(settings["epochs"]), str(len(runs)), *(mean_and_std([log.last(run.records, key)[0] for run in runs]) for key in ("knn1", "knn200")),
-        *linear_cells(runs), training_time(runs),
-    ]
-    if all(run.records[0]["epoch"] == 0 for run in runs):
-        yield [
-            "the same, untrained", "0", str(len(runs)), *(mean_and_std([run.records[0].get(key) for run in runs]) for key in ("knn1", "knn200")),
-            *linear_cells(runs, untrained=True), NONE,
-        ]
-
-
-def published_rows():
-    """The paper's end points, and those of the best-known script."""
-    for source in ("paper", "Reza-Safdari"):
-        linear = next(point for point in LINEAR if point.source == source)
-        knn = next((point for point in KNN if point.source == source), None)
-        top1 = f"{linear.top1:g}" + (f" ({linear.note})" if linear.note else "")
-        best = "best epoch" in linear.note
-        yield [
-            f"published: {source}", str(linear.epochs), NONE, NONE, f"about {knn.top1:g} ({knn.note})" if knn else NONE,
-            *([NONE, top1] if best else [top1, NONE]), NONE,
-        ]
-
-
-def results_table(folders):
-    """The runs as a Markdown table, the widest and longest first, and below it whether the paper's run is among them. Raises OSError and ValueError."""
+def read_groups(folders):
+    """Finished runs of main.py in lists of those that differ in the seed alone, the widest and longest first. Raises OSError and ValueError."""
     runs = [read_run(folder.rstrip("/")) for folder in folders]
     for run in runs:
         if run.is_linear or not is_whole(run):
             raise ValueError(f"{run.folder}: not a finished run of main.py")
-    groups = sorted(by_recipe(runs), key=lambda group: (-group[0].settings["width"], -group[0].settings["epochs"]))
-    lines = table(
-        ["pre-training", "epochs", "seeds", "kNN, k = 1 (%)", "kNN, k = 200 (%)", "linear, last epoch (%)", "best epoch: not a result", "time a seed"],
-        [*(row for group in groups for row in rows_of(group)), *published_rows()],
+    return sorted(by_recipe(runs), key=lambda group: (-group[0].settings["width"], -group[0].settings["epochs"]))
+
+
+def knn_cells(runs, untrained=False):
+    """kNN accuracies, k = 1 and k = 200, of the last epoch or of the untrained network."""
+    return [percent([run.records[0].get(key) if untrained else log.last(run.records, key)[0] for run in runs]) for key in ("knn1", "knn200")]
+
+
+def saw_untrained(runs):
+    return all(run.records[0]["epoch"] == 0 for run in runs)
+
+
+def full_table(groups):
+    """All that is known of the runs, as a Markdown table: a line for those that differ in the seed alone, and one for their untrained networks."""
+    rows = []
+    for runs in groups:
+        settings = runs[0].settings
+        rows.append([recipe_of(settings), str(settings["epochs"]), str(len(runs)), *knn_cells(runs), *linear_cells(runs), training_time(runs)])
+        if saw_untrained(runs):
+            rows.append(["the same, untrained", "0", str(len(runs)), *knn_cells(runs, untrained=True), *linear_cells(runs, untrained=True), NONE])
+    return table(
+        ["pre-training", "epochs", "seeds", "kNN, k = 1 (%)", "kNN, k = 200 (%)", "linear, last epoch (%)", "best epoch: not a result", "time a seed"], rows,
     )
+
+
+def brief_table(groups):
+    """The runs' results beside the published ones, as a Markdown table, and below it how many seeds of the paper's run are among them."""
+    def cell(trained, untrained):
+        return trained if untrained == NONE else f"{trained}; untrained {untrained.split(' (')[0]}"
+
+    rows = []
+    for runs in groups:
+        untrained = [knn_cells(runs, untrained=True)[1], linear_cells(runs, untrained=True)[0]] if saw_untrained(runs) else [NONE, NONE]
+        results = [cell(*pair) for pair in zip((knn_cells(runs)[1], linear_cells(runs)[0]), untrained)]
+        rows.append([recipe_of(runs[0].settings), str(runs[0].settings["epochs"]), str(len(runs)), *results, training_time(runs, brief=True)])
+    for source in ("paper", "Reza-Safdari"):
+        linear = next(point for point in LINEAR if point.source == source)
+        knn = next((f"about {point.top1:g}" for point in KNN if point.source == source), NONE)
+        rows.append([f"published: {source}", str(linear.epochs), NONE, knn, f"{linear.top1:g}" + (f" ({linear.note})" if linear.note else ""), NONE])
+    lines = table(["pre-training", "epochs", "seeds", "kNN, k = 200 (%)", "linear, last epoch (%)", "time a seed"], rows)
     seeds = sum(len(group) for group in groups if is_the_papers(group[0].settings))
     if seeds < ENOUGH:
         done = "is not among these yet" if not seeds else f"has {seeds} seed{'s' * (seeds > 1)} so far"
@@ -215,22 +221,26 @@ def table(head, rows):
 
 
 def update(path, tables):
-    """Put tables, lists of lines by their names, between the marks <!-- NAME ... --> and <!-- end of NAME --> of a document. Raises OSError, and
-    ValueError where marks are missing."""
+    """Put tables, lists of lines by their names, between the marks <!-- NAME ... --> and <!-- end of NAME --> that a document has. Raises OSError, and
+    ValueError where there are none."""
     with open(path) as file:
         text = file.read()
+    found = 0
     for name, lines in tables.items():
-        marks = re.compile(rf"(<!-- {name}\b[^>]*-->\n).*?(<!-- end of {name} -->)", re.DOTALL)
-        if len(marks.findall(text)) != 1:
-            raise ValueError(f"{path}: there has to be one pair of marks <!-- {name} --> and <!-- end of {name} -->")
-        text = marks.sub(lambda match: f"{match[1]}\n{chr(10).join(lines)}\n\n{match[2]}", text)
+        content = "\n".join(lines)
+        text, count = re.subn(
+            rf"(<!-- {name}\b[^>]*-->\n).*?(<!-- end of {name} -->)", lambda match: f"{match[1]}\n{content}\n\n{match[2]}", text, flags=re.DOTALL,
+        )
+        found += count
+    if not found:
+        raise ValueError(f"{path}: no marks of a table in it, such as <!-- results --> and <!-- end of results -->")
     checkpoint.write(path, text.encode())
 
 
 def make_parser():
     parser = Parser(prog="python -m utils.results", description=__doc__)
     parser.add_argument("folders", nargs="*", metavar="FOLDER", help="of runs of main.py (default: those in logs/ on all of CIFAR-10 with their linear evaluation)")
-    parser.add_argument("--update", metavar="FILE", help="write the tables of results and of the weights in weights/ into this document, instead of the terminal")
+    parser.add_argument("--update", nargs="+", metavar="FILE", help="write the tables, and that of the weights in weights/, into these documents, instead of the terminal")
     return parser
 
 
@@ -238,12 +248,15 @@ def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     with parser.user_errors():
-        results = results_table(args.folders or filter(is_a_result, sorted(glob.glob(os.path.join("logs", "*")))))
+        groups = read_groups(args.folders or filter(is_a_result, sorted(glob.glob(os.path.join("logs", "*")))))
+        tables = {"results": brief_table(groups), "all-results": full_table(groups)}
         if args.update is None:
-            print("\n".join(results))
+            print("\n".join([*tables["all-results"], "", *tables["results"]]))
         else:
-            update(args.update, {"results": results, "weights": weights_table()})
-            print(f"{args.update}: written")
+            tables["weights"] = weights_table()
+            for path in args.update:
+                update(path, tables)
+            print(f"{', '.join(args.update)}: written")
 
 
 if __name__ == "__main__":

@@ -93,6 +93,12 @@ def label_of(runs):
     return f"{common}: {len(runs)} {'seeds' if len(seeds) == len(runs) else 'runs'}"
 
 
+def mean_and_std(values, digits):
+    """The mean, and the standard deviation over the seeds where there are several, in words."""
+    text = f"{statistics.fmean(values):.{digits}f}".replace("-", "−")
+    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
 def spread(runs, key):
     """Of the epochs in which all runs have `key`: the epochs, the mean over the runs, and their standard deviation, each a list.
     One run has its log's own deviation, of an evaluation with several seeds, or zeros."""

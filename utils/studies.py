@@ -13,7 +13,7 @@ from utils.cli import Parser
 from utils.metrics import collapse_std
 from utils.plot import curve, level, mark_collapse
 from utils.run import CONFIG, read_config
-from utils.runs import spread
+from utils.runs import mean_and_std, spread
 from utils.style import COLORS, DASHES, FORMATS, drawing, make_folder
 
 TABLE = "ablations.md"
@@ -159,12 +159,6 @@ def read_study(folder):
 
 # ---------------------------------------------------------------------------------------------------
 # The table
-
-
-def mean_and_std(values, digits):
-    """The mean, and the standard deviation over the seeds where there are several, in words."""
-    text = f"{statistics.fmean(values):.{digits}f}".replace("-", "−")
-    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def last_values(runs, key):
