@@ -33,17 +33,15 @@ test: $(INSTALLED)
 reproduce: $(INSTALLED)
 	PYTHON=$(abspath $(RUN)) bash reproduce.sh $(ARGS)
 
-# The figures of runs that the README shows, from the committed logs; the first two of the paper's run where it is there.
-PAPER := $(filter-out %-linear,$(wildcard logs/paper-seed*))
+# The figures of runs that the README shows, from the committed logs.
 FIGURES := $(shell mktemp -du)
 figures: $(INSTALLED)
-	$(RUN) -m utils.plot $(or $(PAPER),logs/cifar10-w16-24ep) --output $(FIGURES)/run --format png
+	$(RUN) -m utils.results --figures imgs
 	$(RUN) -m utils.plot logs/cifar10-5000-w16-20ep-seed* logs/cifar10-5000-w16-b64-30ep-seed* --output $(FIGURES)/seeds --format png
 	$(RUN) -m utils.plot logs/cifar10-w16-12ep-linear-lbfgs --output $(FIGURES)/linear --format png
 	$(RUN) -m utils.studies logs/ablations-30ep --output $(FIGURES)/stop_gradient --format png
 	$(RUN) -m utils.studies logs/ablations-10ep --output $(FIGURES)/studies --format png
 	cp $(FIGURES)/linear/confusion.png $(FIGURES)/stop_gradient/stop_gradient.png $(FIGURES)/studies/predictor.png imgs/
-	cp $(FIGURES)/run/loss-plot.png $(FIGURES)/run/top1-acc.png imgs/
 	cp $(FIGURES)/seeds/std.png imgs/seeds-std.png
 	cp $(FIGURES)/seeds/top1-acc.png imgs/seeds-top1-acc.png
 	rm -r $(FIGURES)

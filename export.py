@@ -184,6 +184,11 @@ def release(args):
     if last["epoch"] != settings["epochs"]:
         raise ValueError(f"{args.run}: not finished, epoch {last['epoch']} of {settings['epochs']}")
     backbone = load_backbone(checkpoint.load(os.path.join(args.run, BACKBONE)), settings["arch"], verbose=False)
+    if hasattr(hubconf, args.name):
+        with torch.device("meta"):
+            expected = getattr(hubconf, args.name)(pretrained=False).feature_dim
+        if settings["arch"] != "resnet18" or backbone.feature_dim != expected:
+            raise ValueError(f"--name {args.name}: torch.hub's name of a ResNet-18 with {expected} features; this is a {settings['arch']} with {backbone.feature_dim}")
     classifier, linear = read_linear(args.linear, backbone, settings)
     content = checkpoint.with_digest(rounded(backbone))
     if len(content) > LARGEST:
@@ -194,7 +199,7 @@ def release(args):
     refuse_others(files)
     if os.path.lexists(about):
         if not set(files) == {file for file in (path, classifier_path) if os.path.exists(file)} or log.read_json(about).get("sha256") != checkpoint.sha256(content):
-            raise ValueError(f"{about} exists and is of other weights; take another name or remove it")
+            raise ValueError(f"{about} exists and is of another release; take another name, or remove the files of that name")
         print(f"{path}: released before")
         return 0
     small = load_backbone(torch.load(io.BytesIO(content), weights_only=True), settings["arch"], verbose=False)
@@ -229,7 +234,7 @@ def refuse_others(files):
         if os.path.lexists(path):
             with open(path, "rb") as file:
                 if file.read() != content:
-                    raise ValueError(f"{path} exists and has other weights; take another name or remove it")
+                    raise ValueError(f"{path} exists and has other weights; take another name, or remove the files of that name")
 
 
 def read_linear(folder, backbone, run):

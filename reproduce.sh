@@ -23,20 +23,27 @@
 set -euo pipefail
 set -m # each command has a process group of its own: Ctrl-C and other signals reach it once, from here
 BEGIN=$SECONDS
-cd "$(dirname "$0")"
 PYTHON=${PYTHON:-python3}
+case $PYTHON in
+/*) ;;
+*/*) PYTHON=$PWD/$PYTHON ;;
+esac
 
 refuse() {
     echo "reproduce.sh: error: $1" >&2
     exit 2
 }
 
-SEEDS=1 MINUTES='' DATA=data GPU=0 NAME=paper WEIGHTS=simsiam_resnet18_cifar10 PRETRAIN='' LINEAR='' PUBLISH=''
+SEEDS=1 MINUTES='' DATA=data GPU=0 NAME=paper WEIGHTS='' PRETRAIN='' LINEAR='' PUBLISH=''
 while [ $# -gt 0 ]; do
     case $1 in
     --publish)
         PUBLISH=yes
         shift
+        continue
+        ;;
+    --*=*)
+        set -- "${1%%=*}" "${1#*=}" "${@:2}"
         continue
         ;;
     --help | -h)
@@ -59,22 +66,45 @@ while [ $# -gt 0 ]; do
     esac
     shift 2
 done
-[[ $SEEDS =~ ^[1-9][0-9]{0,2}$ ]] || refuse "--seeds $SEEDS: a whole number of at least 1 is needed"
-[[ $MINUTES =~ ^([0-9]{1,7}(\.[0-9]+)?)?$ ]] || refuse "--max_minutes $MINUTES: a number of minutes is needed"
+[[ $SEEDS =~ ^[1-9][0-9]{0,2}$ ]] || refuse "--seeds $SEEDS: a whole number from 1 to 999 is needed"
+[[ $MINUTES =~ ^([0-9]{1,7}|[0-9]{0,7}\.[0-9]+)?$ ]] || refuse "--max_minutes $MINUTES: a number of minutes is needed"
 [[ $GPU =~ ^([0-9]+|none)$ ]] || refuse "--gpu $GPU: the number of a GPU, or none"
+for own in seed exp_dir trial resume max_minutes gpu data_root pretrained evaluate; do
+    if [[ " $PRETRAIN $LINEAR " =~ " --$own"[\ =] ]]; then
+        refuse "--pretrain and --linear: --$own is set by reproduce.sh itself; leave it out there"
+    fi
+done
+if [ -z "$WEIGHTS" ]; then
+    if [[ " $PRETRAIN" =~ " --"(width|arch) ]]; then
+        refuse "--pretrain \"$PRETRAIN\": another network than the paper's; say by --weights what its weights are to be called"
+    fi
+    WEIGHTS=simsiam_resnet18_cifar10
+fi
 for each in "$NAME" "$WEIGHTS"; do
     [[ $each =~ ^[A-Za-z0-9_][A-Za-z0-9_.-]*$ ]] || refuse "$each: a plain name is needed, of letters, digits, '_', '-' and '.'"
 done
 
+cd "$(dirname "$0")"
 EXP=experiments/$NAME
 LIMIT=$(awk -v m="$MINUTES" 'BEGIN { print int(60 * m) }') # seconds
 DEVICE="--gpu $GPU"
 if [ "$GPU" = none ]; then
     export CUDA_VISIBLE_DEVICES=
     DEVICE=''
+elif ! "$PYTHON" -c "import torch; assert torch.cuda.device_count() > $GPU" 2>/dev/null; then
+    refuse "--gpu $GPU: $PYTHON has no PyTorch that sees this CUDA GPU; --gpu none is for the CPU, where the paper's run takes weeks"
 fi
-if [ -n "$PUBLISH" ] && [ -e "weights/$WEIGHTS.json" ] && ! [ -e "$EXP/weights/$WEIGHTS.json" ]; then
-    refuse "weights/$WEIGHTS.json exists, and --publish would replace it; remove it, or take another name by --weights"
+
+refuse_another() { # a file of the repository, and what would replace it
+    if [ -e "$1" ] && ! cmp -s "$1" "$2"; then
+        refuse "$1 is of another run, which --publish does not replace: remove it, or take another --name or --weights"
+    fi
+}
+if [ -n "$PUBLISH" ]; then
+    refuse_another "weights/$WEIGHTS.json" "$EXP/weights/$WEIGHTS.json"
+    for log in logs/"$NAME"-seed*/log.jsonl; do
+        refuse_another "$log" "$EXP/${log#"logs/$NAME-"}"
+    done
 fi
 
 # ---------------------------------------------------------------------------------------------------
@@ -88,9 +118,13 @@ on_signal() { # name, number: pass it on, and the command ends as after Ctrl-C
 trap 'on_signal INT 2' INT
 trap 'on_signal TERM 15' TERM
 trap 'on_signal HUP 1' HUP
+trap 'on_signal QUIT 3' QUIT
+trap 'on_signal STOP 0; kill -s STOP $$; on_signal CONT 0' TSTP # Ctrl-Z, then fg
 
 run() { # a command, to its end; a failure ends this script
-    printf '\n$ %s\n' "$*"
+    printf '\n$'
+    printf ' %q' "$@"
+    printf '\n'
     local status=0
     "$@" </dev/null &
     CHILD=$!
@@ -146,17 +180,13 @@ run "$PYTHON" -m utils.results "${RUNS[@]}"
 # Into the repository
 
 if [ -n "$PUBLISH" ]; then
-    LOGS=()
     for folder in "${RUNS[@]}"; do
         log=logs/$NAME-$(basename "$folder")
-        mkdir -p "$log" "$log-linear" weights imgs
+        mkdir -p "$log" "$log-linear" weights
         cp "$folder"/{config.json,log.jsonl} "$log"
         cp "$folder-linear"/{config.json,log.jsonl,results.json} "$log-linear"
-        LOGS+=("$log")
     done
-    run "$PYTHON" -m utils.plot "${LOGS[@]}" --output "$EXP/published" --format png
-    cp "$EXP"/published/{loss-plot,top1-acc}.png imgs
     cp "$FILE"{.pt,-linear.pt,.json} weights
-    run "$PYTHON" -m utils.results --update README.md logs/README.md
+    run "$PYTHON" -m utils.results --update README.md logs/README.md --figures imgs
 fi
 printf '\ndone: %s\n' "$EXP"

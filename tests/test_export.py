@@ -158,7 +158,8 @@ def test_a_release_needs_a_finished_run_and_its_own_evaluation(released, finishe
         ([finished_run, "--name", "a", "--linear", "linear"], "an evaluation of another backbone"),
         ([finished_run, "--name", "a", "--linear", "cifar"], "its dataset is cifar10, the run's shapes"),
         ([finished_run, "--name", "../a"], "a plain name"),
-        ([finished_run, "--name", "small", "--weights", str(released / "weights")], "exists and is of other weights"),  # without a classifier
+        ([finished_run, "--name", "simsiam_resnet18_w16_cifar10"], "a ResNet-18 with 128 features; this is a resnet18 with 32"),
+        ([finished_run, "--name", "small", "--weights", str(released / "weights")], "exists and is of another release"),  # without a classifier
         ([finished_run, "--name", "other", "--weights", "others"], "others/other.pt exists and has other weights"),
         (["none", "--name", "a"], "none"),
     ):

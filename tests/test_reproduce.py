@@ -45,7 +45,7 @@ def dataset(request):
 def reproduce(folder, *args, python=sys.executable):
     environment = {**os.environ, "PYTHON": str(python), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
-        ["bash", folder / "reproduce.sh", *map(str, args)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ["bash", f"{folder.name}/reproduce.sh", *map(str, args)], cwd=folder.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )
 
 
@@ -129,11 +129,12 @@ def test_from_the_data_to_the_table(copy, dataset):
 STAND_IN = """#!/usr/bin/env bash
 trap 'echo "$1 INT" >> calls; exit 130' INT
 trap 'echo "$1 TERM" >> calls; exit 143' TERM
+case "$*" in "-c "*) exit "$NO_GPU" ;; esac
 echo "$*" >> calls
-mkdir -p experiments/paper/weights
-touch experiments/paper/weights/simsiam_resnet18_cifar10.json
+about=experiments/paper/weights/simsiam_resnet18_cifar10.json
+[ -e "$about" ] || { mkdir -p experiments/paper/weights; echo released > "$about"; touch -d "1 minute ago" "$about"; }
 case "$*" in *"$FAIL"*) echo "no luck" >&2; exit 3 ;; esac
-case "$*" in *"$SLOW"*) touch began; for ((i = 0; i < 300; i++)); do sleep 0.1; done ;; esac
+case "$*" in *"$SLOW"*) touch began; for ((i = 0; i < ${TENTHS:-300}; i++)); do sleep 0.1; done ;; esac
 """
 
 
@@ -145,6 +146,7 @@ def stand_in(tmp_path, monkeypatch):
     python.chmod(0o755)
     monkeypatch.setenv("FAIL", "nothing fails")
     monkeypatch.setenv("SLOW", "nothing is slow")
+    monkeypatch.setenv("NO_GPU", "0")
 
     def start(*args):
         return reproduce(tmp_path, *args, python=python)
@@ -155,12 +157,12 @@ def stand_in(tmp_path, monkeypatch):
 
 
 def test_the_commands_and_their_order(stand_in):
-    code, out, err = outcome(stand_in("--seeds", 2, "--data_root", "somewhere", "--pretrain", "--width 32", "--linear", "--lr 3"))
+    code, out, err = outcome(stand_in("--seeds", 2, "--data_root", "somewhere", "--pretrain", "--blur 0.5", "--linear", "--lr 3"))
     assert (code, err) == (0, "")
     weights = "experiments/paper/weights"
     assert stand_in.calls() == [
         *(line for seed in (0, 1) for line in (
-            f"main.py --data_root somewhere --gpu 0 --width 32 --seed {seed} --exp_dir experiments/paper --trial seed{seed} --resume auto",
+            f"main.py --data_root somewhere --gpu 0 --blur 0.5 --seed {seed} --exp_dir experiments/paper --trial seed{seed} --resume auto",
             f"main_lincls.py --gpu 0 --lr 3 --pretrained experiments/paper/seed{seed}/backbone.pt --exp_dir experiments/paper --trial seed{seed}-linear --resume auto somewhere",
         )),
         f"export.py release experiments/paper/seed0 --linear experiments/paper/seed0-linear --name simsiam_resnet18_cifar10 --weights {weights} --data_root somewhere --gpu 0",
@@ -170,6 +172,18 @@ def test_the_commands_and_their_order(stand_in):
         "-m utils.results experiments/paper/seed0 experiments/paper/seed1",
     ]
     assert all(f"$ {stand_in.folder}/python {call}" in out for call in stand_in.calls())
+    first = stand_in.calls()
+    assert outcome(stand_in("--seeds=2", "--data_root=somewhere", "--pretrain=--blur 0.5", "--linear=--lr 3"))[0] == 0
+    assert stand_in.calls()[len(first):] == [call for call in first if "check" not in call and "--evaluate" not in call]
+
+
+def test_a_release_that_was_checked_is_not_checked_again(stand_in):
+    for checks in (1, 1):
+        assert outcome(stand_in())[0] == 0
+        assert sum("export.py check" in call for call in stand_in.calls()) == sum("--evaluate" in call for call in stand_in.calls()) == checks
+    assert sum("export.py release" in call for call in stand_in.calls()) == 2
+    (stand_in.folder / "experiments/paper/weights/simsiam_resnet18_cifar10.json").touch()  # released again
+    assert outcome(stand_in())[0] == 0 and sum("export.py check" in call for call in stand_in.calls()) == 2
 
 
 @pytest.mark.parametrize("fail", ["--seed 1", "seed0-linear", "check"])
@@ -189,28 +203,54 @@ def test_a_signal_reaches_the_command_once(stand_in, monkeypatch, number, code):
     assert stand_in.calls()[-1] == f"main_lincls.py {number.name.removeprefix('SIG')}" and len(stand_in.calls()) == 3
 
 
-def test_slices_give_each_command_what_is_left(stand_in):
+def test_slices_give_each_command_what_is_left(stand_in, monkeypatch):
+    monkeypatch.setenv("SLOW", "main.py")
+    monkeypatch.setenv("TENTHS", "22")
     code, _, _ = outcome(stand_in("--max_minutes", 50))
     assert code == 0
     left = [float(call.split("--max_minutes ")[1].split()[0]) for call in stand_in.calls() if "--max_minutes" in call]
-    assert len(left) == 2 and 49 < left[1] <= left[0] <= 50
+    assert len(left) == 2 and 49 < left[1] <= left[0] - 1.9 / 60 and left[0] <= 50
 
 
-def test_a_slice_that_is_over_ends_it(stand_in):
-    code, out, _ = outcome(stand_in("--max_minutes", 0))
-    assert code == 0 and "stopped after 0 minutes; the same command goes on" in out and not (stand_in.folder / "calls").exists()
+@pytest.mark.parametrize("minutes, calls", [("0", 0), (".03", 1)])
+def test_a_slice_that_is_over_ends_it(stand_in, monkeypatch, minutes, calls):
+    monkeypatch.setenv("SLOW", "main.py")
+    monkeypatch.setenv("TENTHS", "22")
+    code, out, _ = outcome(stand_in("--max_minutes", minutes))
+    assert code == 0 and f"stopped after {minutes} minutes; the same command goes on" in out
+    assert calls == (len(stand_in.calls()) if calls else (stand_in.folder / "calls").exists())
 
 
-def test_others_weights_are_not_replaced(stand_in):
-    (stand_in.folder / "weights").mkdir()
-    (stand_in.folder / "weights" / "simsiam_resnet18_cifar10.json").write_text("{}")
+@pytest.mark.parametrize("path", ["weights/simsiam_resnet18_cifar10.json", "logs/paper-seed2/log.jsonl", "logs/paper-seed0-linear/log.jsonl"])
+def test_what_was_published_of_another_run_is_not_replaced(stand_in, path):
+    """And what is of this run may be published again."""
+    published = stand_in.folder / path
+    own = stand_in.folder / "experiments" / "paper" / path.replace("logs/paper-", "")
+    for file in (published, own):
+        file.parent.mkdir(parents=True)
+        file.write_text("a run\n")
+    own.write_text("another run\n")
+    for _ in range(2):
+        code, _, err = outcome(stand_in("--publish"))
+        assert code == 2 and f"{path} is of another run, which --publish does not replace" in err and err.count("\n") == 1
+        own.unlink(missing_ok=True)
+    assert not (stand_in.folder / "calls").exists() and published.read_text() == "a run\n"
+    own.write_text("a run\n")
     code, _, err = outcome(stand_in("--publish"))
-    assert code == 2 and "--publish would replace it" in err and err.count("\n") == 1 and not (stand_in.folder / "calls").exists()
+    assert "is of another run" not in err and len(stand_in.calls()) >= 7  # the stand-in leaves no files to be copied
+
+
+def test_without_a_gpu_it_says_so_at_once(stand_in, monkeypatch):
+    monkeypatch.setenv("NO_GPU", "1")
+    code, out, err = outcome(stand_in())
+    assert code == 2 and out == "" and "--gpu none is for the CPU" in err and err.count("\n") == 1 and not (stand_in.folder / "calls").exists()
+    assert outcome(stand_in("--gpu", "none"))[0] == 0 and not any("--gpu" in call for call in stand_in.calls())
 
 
 @pytest.mark.parametrize("args, words", [
-    ("--seed 3", "unrecognized argument --seed"), ("--seeds", "--seeds needs a value"), ("--seeds 0", "at least 1"), ("--seeds two", "--seeds two"),
+    ("--seed 3", "unrecognized argument --seed"), ("--seeds", "--seeds needs a value"), ("--seeds 0", "from 1 to 999"), ("--seeds two", "--seeds two"),
     ("--max_minutes soon", "--max_minutes soon"), ("--gpu cpu", "--gpu cpu"), ("--name a/b", "a/b"), ("--name ..", ".."), ("--weights -x", "-x"),
+    ("--pretrain=--width=16", "--weights"), ("--pretrain=--max_minutes=3", "--max_minutes is set"), ("--linear=--seed=3", "--seed is set"),
 ])
 def test_wrong_options_are_one_line(stand_in, args, words):
     code, out, err = outcome(stand_in(*args.split()))

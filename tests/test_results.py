@@ -11,7 +11,7 @@ import hubconf
 import main as pretraining
 import main_lincls
 from conftest import REPO
-from utils import log, results
+from utils import log, plot, results
 
 TOP1 = (91.7, 91.9, 92.3)
 
@@ -83,6 +83,9 @@ def test_what_differs_from_the_recipe_and_the_protocol_is_said():
     lines = results.full_table(groups)
     assert cells(lines[2])[0] == "ResNet-18, 5,000 training pictures, batch 100"  # the wider one first
     assert cells(lines[4])[0] == "ResNet-18, width 16, batch 128, rate 0.06, `--blur 0.5`"
+    assert list(results.differences({"train_size": 500, "crop_scale": [0.9, 1.0], "seeds": 3, "fraction": 0.1}, results.PROTOCOL)) == [
+        "500 training pictures", "`--seeds 3`", "`--crop_scale [0.9, 1.0]`", "0.1 of the labels",
+    ]
     assert cells(lines[4])[5] == "91.00 (cached features, rate 3)" and cells(lines[4])[7] == "2 min (steps alone), a GPU, bf16, torch 2.11.0, 2026-11-25"
     assert cells(results.brief_table(groups)[3])[5] == "2 min (steps alone), a GPU"
 
@@ -97,15 +100,44 @@ def test_what_is_no_result_is_refused(capsys):
         file.writelines(lines[:-1])
     write("b", defaults(pretraining.make_parser(), trial="b", learning_rate=0.06), [{"epoch": 800, "loss": -0.9, "knn1": 1.0, "knn200": 1.0, "seconds": 1.0}])
     write_pair("c", 1, linear={"features": "cached"})
+    write_pair("again")
+    write_pair("elsewhere", exp_dir="other")
     open("marks.md", "w").close()
     for args, words in (
         (["b"], "an evaluation of experiments/a/backbone.pt, not of b"), (["half"], "not a finished run"), (["a-linear"], "not a finished run"),
-        (["a", "c"], "different protocols"), (["none"], "none"), (["a", "--update", "none.md"], "none.md"), (["a", "--update", "marks.md"], "no marks of a table"),
+        (["a", "c"], "different protocols"), (["a", "again"], "same recipe and seed"),
+        (["elsewhere"], "not of elsewhere"), (["none"], "none"), (["a", "--update", "none.md"], "none.md"), (["a", "--update", "marks.md"], "no marks of a table"),
     ):
         with pytest.raises(SystemExit) as stop:
             results.main(args)
         said = capsys.readouterr().err
         assert stop.value.code == 2 and words in said and said.count("\n") == 1, said
+
+
+def test_without_folders_it_is_the_runs_on_all_of_cifar10_in_logs(capsys, monkeypatch):
+    os.mkdir("logs")
+    monkeypatch.chdir("logs")
+    for name, settings in (
+        ("whole", {}), ("some", {"train_size": 500}), ("shapes", {"dataset": "shapes"}), ("alone", {"epochs": 700}), ("half", {"epochs": 600}), ("other", {"epochs": 400}),
+    ):
+        write_pair(name, exp_dir="experiments", **settings)
+    shutil.rmtree("alone-linear")
+    with open("half/log.jsonl") as file:
+        lines = file.readlines()
+    with open("half/log.jsonl", "w") as file:
+        file.writelines(lines[:-1])
+    monkeypatch.chdir("..")
+    results.main([])
+    full = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert [cells(line)[1] for line in full[2:]] == ["800", "0", "400", "0"]
+    results.main(["--figures", "imgs"])
+    assert sorted(os.listdir("imgs")) == ["loss-plot.png", "top1-acc.png"]
+    plot.main(["logs/whole", "--output", "drawn", "--format", "png"])  # of the first line
+    for name in os.listdir("imgs"):
+        with open(f"imgs/{name}", "rb") as own, open(f"drawn/{name}", "rb") as reference:
+            assert own.read() == reference.read()
+    results.main(["logs/whole", "logs/whole/"])  # once
+    assert "± 0.00" not in capsys.readouterr().out
 
 
 def test_a_document_gets_its_tables_and_keeps_the_rest():

@@ -3,6 +3,7 @@
     python -m utils.results                            # of the runs in logs/, on the terminal
     python -m utils.results FOLDER...                  # of these runs
     python -m utils.results --update README.md logs/README.md      # into documents, between the marks of the tables
+    python -m utils.results --figures imgs             # the curves of the first line's runs: loss-plot.png, top1-acc.png
 
 A run's linear evaluation is looked for beside it, in FOLDER-linear, and that of its untrained network in FOLDER-linear-untrained.
 """
@@ -10,15 +11,22 @@ import glob
 import math
 import os
 import re
+import shutil
 import statistics
+import tempfile
 
 from utils import checkpoint, log
+from utils.augment import MEAN, STD
 from utils.cli import Parser
+from utils.plot import plot_runs
 from utils.published import KNN, LINEAR
 from utils.resume import STUDY
+from utils.run import UNTRAINED as UNTRAINED_FILE
 from utils.runs import by_recipe, mean_and_std, read_run
+from utils.style import make_folder
 
 NONE = "–"
+FIGURES = ("loss-plot.png", "top1-acc.png")
 LINEAR_OF, UNTRAINED = "-linear", "-untrained"
 PAPER_WEIGHTS = "simsiam_resnet18_cifar10"  # of the paper's run: in the table before they are there
 ENOUGH = 3                                  # seeds, from which on a mean and a spread say something
@@ -29,7 +37,7 @@ RECIPE = {
 }
 EPOCHS, RATE_PER_256 = 800, 0.03
 PROTOCOL = {
-    "features": "augmented", "optimizer": "sgd", "schedule": "step", "epochs": 100, "batch_size": 256, "lr": 30.0, "momentum": 0.9, "weight_decay": 0.0,
+    "dataset": "cifar10", "train_size": None, "test_size": None, "mean": list(MEAN), "std": list(STD), "seeds": 1, "crop_scale": [0.08, 1.0], "features": "augmented", "optimizer": "sgd", "schedule": "step", "epochs": 100, "batch_size": 256, "lr": 30.0, "momentum": 0.9, "weight_decay": 0.0,
     "fraction": 1.0,
 }
 WORDS = {
@@ -97,8 +105,9 @@ def read_linear(run, untrained=False):
     linear = read_run(folder)
     if not linear.is_linear or not is_whole(linear):
         raise ValueError(f"{folder}: not a finished linear evaluation")
+    made = os.path.join(run.settings["exp_dir"], run.settings["trial"])
     where, file = os.path.split(linear.settings["pretrained"])
-    if os.path.basename(where) != run.settings["trial"] or (file == "untrained.pt") != untrained:
+    if os.path.normpath(where) != os.path.normpath(made) or (file == UNTRAINED_FILE) != untrained:
         raise ValueError(f"{folder}: an evaluation of {linear.settings['pretrained']}, not of {run.folder}")
     return linear
 
@@ -138,11 +147,15 @@ def linear_cells(runs, untrained=False):
 
 def read_groups(folders):
     """Finished runs of main.py in lists of those that differ in the seed alone, the widest and longest first. Raises OSError and ValueError."""
-    runs = [read_run(folder.rstrip("/")) for folder in folders]
+    runs = [read_run(folder) for folder in {os.path.realpath(folder): os.path.normpath(folder) for folder in folders}.values()]
     for run in runs:
         if run.is_linear or not is_whole(run):
             raise ValueError(f"{run.folder}: not a finished run of main.py")
-    return sorted(by_recipe(runs), key=lambda group: (-group[0].settings["width"], -group[0].settings["epochs"]))
+    groups = by_recipe(runs)
+    for group in groups:
+        if len({run.settings["seed"] for run in group}) < len(group):
+            raise ValueError(f"{', '.join(run.folder for run in group)}: runs of the same recipe and seed; they count once")
+    return sorted(groups, key=lambda group: (-group[0].settings["width"], -group[0].settings["epochs"]))
 
 
 def knn_cells(runs, untrained=False):
@@ -237,10 +250,22 @@ def update(path, tables):
     checkpoint.write(path, text.encode())
 
 
+def draw_figures(groups, output):
+    """loss-plot.png and top1-acc.png of the first group's runs, into a folder. Raises OSError, and ValueError where there is no run."""
+    if not groups:
+        raise ValueError("--figures: no runs to draw")
+    make_folder(output)
+    with tempfile.TemporaryDirectory() as folder:
+        plot_runs([run.folder for run in groups[0]], folder, ["png"])
+        for name in FIGURES:
+            shutil.copyfile(os.path.join(folder, name), os.path.join(output, name))
+
+
 def make_parser():
     parser = Parser(prog="python -m utils.results", description=__doc__)
     parser.add_argument("folders", nargs="*", metavar="FOLDER", help="of runs of main.py (default: those in logs/ on all of CIFAR-10 with their linear evaluation)")
     parser.add_argument("--update", nargs="+", metavar="FILE", help="write the tables, and that of the weights in weights/, into these documents, instead of the terminal")
+    parser.add_argument("--figures", metavar="DIR", help="draw the first line's runs into this folder")
     return parser
 
 
@@ -250,13 +275,14 @@ def main(argv=None):
     with parser.user_errors():
         groups = read_groups(args.folders or filter(is_a_result, sorted(glob.glob(os.path.join("logs", "*")))))
         tables = {"results": brief_table(groups), "all-results": full_table(groups)}
-        if args.update is None:
+        if args.update is None and args.figures is None:
             print("\n".join([*tables["all-results"], "", *tables["results"]]))
-        else:
-            tables["weights"] = weights_table()
-            for path in args.update:
-                update(path, tables)
-            print(f"{', '.join(args.update)}: written")
+        for path in args.update or ():
+            update(path, {**tables, "weights": weights_table()})
+            print(f"{path}: written")
+        if args.figures is not None:
+            draw_figures(groups, args.figures)
+            print(f"{args.figures}: {', '.join(FIGURES)}")
 
 
 if __name__ == "__main__":
