@@ -1,7 +1,7 @@
 # make demo   pre-train on the built-in shapes and evaluate, in minutes on any device
 # make test   run the tests
 # make reproduce  the paper's run on a CUDA GPU, from the data to the table; ARGS="--seeds 3" and so on: options of reproduce.sh
-# make figures  draw the figures of the README again
+# make figures  write the tables of the README and draw its figures again
 # make clean  remove the virtual environment
 .DEFAULT_GOAL := demo
 PYTHON ?= python3
@@ -36,7 +36,7 @@ reproduce: $(INSTALLED)
 # The figures of runs that the README shows, from the committed logs.
 FIGURES := $(shell mktemp -du)
 figures: $(INSTALLED)
-	$(RUN) -m utils.results --figures imgs
+	$(RUN) -m utils.results --update README.md logs/README.md --figures imgs
 	$(RUN) -m utils.plot logs/cifar10-5000-w16-20ep-seed* logs/cifar10-5000-w16-b64-30ep-seed* --output $(FIGURES)/seeds --format png
 	$(RUN) -m utils.plot logs/cifar10-w16-12ep-linear-lbfgs --output $(FIGURES)/linear --format png
 	$(RUN) -m utils.studies logs/ablations-30ep --output $(FIGURES)/stop_gradient --format png

@@ -47,7 +47,7 @@ while [ $# -gt 0 ]; do
         continue
         ;;
     --help | -h)
-        sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"
+        sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0"
         exit 0
         ;;
     --seeds | --max_minutes | --data_root | --gpu | --name | --weights | --pretrain | --linear) ;;
@@ -69,7 +69,7 @@ done
 [[ $SEEDS =~ ^[1-9][0-9]{0,2}$ ]] || refuse "--seeds $SEEDS: a whole number from 1 to 999 is needed"
 [[ $MINUTES =~ ^([0-9]{1,7}|[0-9]{0,7}\.[0-9]+)?$ ]] || refuse "--max_minutes $MINUTES: a number of minutes is needed"
 [[ $GPU =~ ^([0-9]+|none)$ ]] || refuse "--gpu $GPU: the number of a GPU, or none"
-for own in seed exp_dir trial resume max_minutes gpu data_root pretrained evaluate; do
+for own in help seed exp_dir trial resume max_minutes gpu data_root pretrained evaluate; do
     if [[ " $PRETRAIN $LINEAR " =~ " --$own"[\ =] ]]; then
         refuse "--pretrain and --linear: --$own is set by reproduce.sh itself; leave it out there"
     fi
@@ -86,7 +86,7 @@ done
 
 cd "$(dirname "$0")"
 EXP=experiments/$NAME
-LIMIT=$(awk -v m="$MINUTES" 'BEGIN { print int(60 * m) }') # seconds
+LIMIT=$(LC_ALL=C awk -v m="$MINUTES" 'BEGIN { print int(60 * m) }') # seconds
 DEVICE="--gpu $GPU"
 if [ "$GPU" = none ]; then
     export CUDA_VISIBLE_DEVICES=
@@ -107,13 +107,25 @@ if [ -n "$PUBLISH" ]; then
     done
 fi
 
+set -f # the words of --pretrain and --linear are no patterns of file names
+
+# Seeds that are done keep their settings; those to come shall have the same.
+if [ -e "$EXP/options" ]; then
+    [ "$(cat "$EXP/options")" = "$PRETRAIN | $LINEAR" ] ||
+        refuse "$EXP was begun with --pretrain and --linear \"$(cat "$EXP/options")\"; give the same, or take another --name"
+fi
+
 # ---------------------------------------------------------------------------------------------------
 # Running a command
 
-CHILD=''
+CHILD='' STARTING='' SIGNAL=''
 on_signal() { # name, number: pass it on, and the command ends as after Ctrl-C
-    [ -n "$CHILD" ] || exit $((128 + $2))
-    kill -s "$1" -- "-$CHILD" 2>/dev/null || true
+    SIGNAL=$1
+    if [ -n "$CHILD" ]; then
+        kill -s "$1" -- "-$CHILD" 2>/dev/null || true
+    elif [ -z "$STARTING" ]; then
+        exit $((128 + $2))
+    fi
 }
 trap 'on_signal INT 2' INT
 trap 'on_signal TERM 15' TERM
@@ -126,10 +138,13 @@ run() { # a command, to its end; a failure ends this script
     printf ' %q' "$@"
     printf '\n'
     local status=0
+    STARTING=yes SIGNAL=''
     "$@" </dev/null &
-    CHILD=$!
+    CHILD=$! STARTING=''
+    [ -z "$SIGNAL" ] || on_signal "$SIGNAL" 0 # it came before there was a number to send it to
     wait "$CHILD" || status=$?
     while kill -0 "$CHILD" 2>/dev/null; do # a signal ended the waiting, not the command
+        sleep 0.2
         status=0
         wait "$CHILD" || status=$?
     done
@@ -144,7 +159,7 @@ run_slice() { # a command that takes --max_minutes: for the time that is left
 }
 
 max_minutes() { # the option, where there is a limit
-    [ -z "$MINUTES" ] || awk -v m="$MINUTES" -v s=$((SECONDS - BEGIN)) 'BEGIN { printf "--max_minutes %.4f", m - s / 60 }'
+    [ -z "$MINUTES" ] || LC_ALL=C awk -v m="$MINUTES" -v s=$((SECONDS - BEGIN)) 'BEGIN { printf "--max_minutes %.4f", m - s / 60 }'
 }
 
 stop_if_time_is_up() {
@@ -157,6 +172,8 @@ stop_if_time_is_up() {
 # ---------------------------------------------------------------------------------------------------
 # The runs: of each seed pre-training and linear evaluation, of the first one the weights
 
+mkdir -p "$EXP"
+echo "$PRETRAIN | $LINEAR" >"$EXP/options"
 RUNS=()
 for ((seed = 0; seed < SEEDS; seed++)); do
     run_slice "$PYTHON" main.py --data_root "$DATA" $DEVICE $PRETRAIN --seed "$seed" --exp_dir "$EXP" --trial "seed$seed" --resume auto
@@ -173,8 +190,7 @@ if ! [ "$FILE.checked" -nt "$FILE.json" ]; then
     touch "$FILE.checked"
 fi
 
-run "$PYTHON" -m utils.plot "${RUNS[@]}" --output "$EXP" --format png
-run "$PYTHON" -m utils.results "${RUNS[@]}"
+run "$PYTHON" -m utils.results "${RUNS[@]}" --figures "$EXP"
 
 # ---------------------------------------------------------------------------------------------------
 # Into the repository

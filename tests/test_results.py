@@ -70,7 +70,7 @@ def test_three_seeds_are_a_line_with_mean_and_standard_deviation():
     assert len(lines) == 4
     lines = results.brief_table(groups)
     top1 = f"{statistics.fmean(TOP1):.2f} ± {statistics.stdev(TOP1):.2f}"
-    assert cells(lines[2]) == ["ResNet-18", "800", "3", "91.00 ± 1.00; untrained 31.00 ± 1.00", top1, "3 min, a GPU"]
+    assert cells(lines[2]) == ["ResNet-18", "800", "3", "91.00 ± 1.00; untrained 31.00 ± 1.00", top1, "3 min, a GPU, bf16"]
     assert cells(lines[3]) == ["published: paper", "800", "–", "about 90", "91.8", "–"]
     assert not any("paper's own run" in line for line in lines)
     assert "is not among these yet" in results.brief_table([])[-1] and "has 2 seeds so far" in results.brief_table(results.read_groups(names[:2]))[-1]
@@ -87,7 +87,7 @@ def test_what_differs_from_the_recipe_and_the_protocol_is_said():
         "500 training pictures", "`--seeds 3`", "`--crop_scale [0.9, 1.0]`", "0.1 of the labels",
     ]
     assert cells(lines[4])[5] == "91.00 (cached features, rate 3)" and cells(lines[4])[7] == "2 min (steps alone), a GPU, bf16, torch 2.11.0, 2026-11-25"
-    assert cells(results.brief_table(groups)[3])[5] == "2 min (steps alone), a GPU"
+    assert cells(results.brief_table(groups)[3])[5] == "2 min (steps alone), a GPU, bf16"
 
 
 def test_what_is_no_result_is_refused(capsys):

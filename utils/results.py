@@ -3,7 +3,7 @@
     python -m utils.results                            # of the runs in logs/, on the terminal
     python -m utils.results FOLDER...                  # of these runs
     python -m utils.results --update README.md logs/README.md      # into documents, between the marks of the tables
-    python -m utils.results --figures imgs             # the curves of the first line's runs: loss-plot.png, top1-acc.png
+    python -m utils.results --figures imgs             # and the curves of the first line's runs: loss-plot.png, top1-acc.png
 
 A run's linear evaluation is looked for beside it, in FOLDER-linear, and that of its untrained network in FOLDER-linear-untrained.
 """
@@ -118,7 +118,7 @@ def values_of(runs, value):
 
 
 def training_time(runs, brief=False):
-    """Minutes a run and the device; precision, version of torch and, where they are known, the dates."""
+    """Minutes a run, the device and precision; version of torch and, where they are known, the dates."""
     key, words = ("wall_seconds", "") if all("wall_seconds" in record for run in runs for record in run.records if record["epoch"]) else ("seconds", " (steps alone)")
     minutes = statistics.fmean(sum(record.get(key, 0) for record in run.records) / 60 for run in runs)
     where = [
@@ -127,7 +127,7 @@ def training_time(runs, brief=False):
             lambda run: f"torch {run.config['versions']['torch'].split('+')[0]}", lambda run: run.config.get("date"),
         )
     ]
-    return ", ".join([f"{minutes:.0f} min{words}", *filter(None, where[:1] if brief else where)])
+    return ", ".join([f"{minutes:.0f} min{words}", *filter(None, where[:2] if brief else where)])
 
 
 def linear_cells(runs, untrained=False):
@@ -195,7 +195,7 @@ def brief_table(groups):
         knn = next((f"about {point.top1:g}" for point in KNN if point.source == source), NONE)
         rows.append([f"published: {source}", str(linear.epochs), NONE, knn, f"{linear.top1:g}" + (f" ({linear.note})" if linear.note else ""), NONE])
     lines = table(["pre-training", "epochs", "seeds", "kNN, k = 200 (%)", "linear, last epoch (%)", "time a seed"], rows)
-    seeds = sum(len(group) for group in groups if is_the_papers(group[0].settings))
+    seeds = max((len(group) for group in groups if is_the_papers(group[0].settings)), default=0)
     if seeds < ENOUGH:
         done = "is not among these yet" if not seeds else f"has {seeds} seed{'s' * (seeds > 1)} so far"
         lines += ["", f"The paper's own run (ResNet-18, {EPOCHS} epochs, batch 512) {done}."]
@@ -214,7 +214,7 @@ def weights_table(folder="weights"):
         accuracies, linear, recipe = said["accuracies"], said["linear_evaluation"], said["recipe"]
         top1 = NONE
         if linear is not None:
-            protocol = ", ".join(differences(linear, PROTOCOL))
+            protocol = ", ".join(differences({**linear, "seeds": 1}, PROTOCOL))
             top1 = f"{accuracies['linear_seed' + str(linear['seeds'][0])]:.2f}" + (f" ({protocol})" if protocol else "")
         rows.append([
             f"`{said['file'].removesuffix('.pt')}`", f"{recipe_of(recipe)}, {recipe['epochs']} epochs, seed {recipe['seed']}", f"{accuracies['knn200']:.2f}", top1,
@@ -275,7 +275,7 @@ def main(argv=None):
     with parser.user_errors():
         groups = read_groups(args.folders or filter(is_a_result, sorted(glob.glob(os.path.join("logs", "*")))))
         tables = {"results": brief_table(groups), "all-results": full_table(groups)}
-        if args.update is None and args.figures is None:
+        if args.update is None:
             print("\n".join([*tables["all-results"], "", *tables["results"]]))
         for path in args.update or ():
             update(path, {**tables, "weights": weights_table()})
