@@ -3,7 +3,7 @@
 #
 #     bash reproduce.sh                       seed 0, on the first CUDA GPU
 #     bash reproduce.sh --seeds 3             seeds 0, 1, 2: what is done is left out
-#     bash reproduce.sh --max_minutes 25      in slices: the same command goes on, exactly
+#     bash reproduce.sh --max_minutes 25      in slices: the same command goes on
 #
 # The same at a CPU's size, in minutes:
 #
