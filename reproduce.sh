@@ -176,9 +176,13 @@ mkdir -p "$EXP"
 echo "$PRETRAIN | $LINEAR" >"$EXP/options"
 RUNS=()
 for ((seed = 0; seed < SEEDS; seed++)); do
+    RUNS+=("$EXP/seed$seed")
+    if [ "$EXP/seed$seed-linear/results.json" -nt "$EXP/seed$seed/backbone.pt" ]; then
+        echo "$EXP/seed$seed: done before"
+        continue
+    fi
     run_slice "$PYTHON" main.py --data_root "$DATA" $DEVICE $PRETRAIN --seed "$seed" --exp_dir "$EXP" --trial "seed$seed" --resume auto
     run_slice "$PYTHON" main_lincls.py $DEVICE $LINEAR --pretrained "$EXP/seed$seed/backbone.pt" --exp_dir "$EXP" --trial "seed$seed-linear" --resume auto "$DATA"
-    RUNS+=("$EXP/seed$seed")
 done
 
 FILE=$EXP/weights/$WEIGHTS

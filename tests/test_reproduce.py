@@ -122,15 +122,17 @@ def test_from_the_data_to_the_table(copy, dataset):
 # The commands, by a stand-in for the interpreter
 
 
-STAND_IN = """#!/usr/bin/env bash
+STAND_IN = r"""#!/usr/bin/env bash
 trap 'echo "$1 INT" >> calls; exit 130' INT
 trap 'echo "$1 TERM" >> calls; exit 143' TERM
 case "$*" in "-c "*) exit "$NO_GPU" ;; esac
 echo "$*" >> calls
 about=experiments/paper/weights/simsiam_resnet18_cifar10.json
 [ -e "$about" ] || { mkdir -p experiments/paper/weights; echo released > "$about"; touch -d "1 minute ago" "$about"; }
+case "$*" in *"--trial seed"*) folder=experiments/paper/$(sed 's/.*--trial \([a-z0-9-]*\).*/\1/' <<< "$*") && mkdir -p "$folder" ;; esac
 case "$*" in *"$FAIL"*) echo "no luck" >&2; exit 3 ;; esac
 case "$*" in *"$SLOW"*) touch began; for ((i = 0; i < ${TENTHS:-300}; i++)); do sleep 0.1; done ;; esac
+case "$*" in "main.py"*) touch "$folder/backbone.pt" ;; *"--resume"*) touch "$folder/results.json" ;; esac
 """
 
 
@@ -170,8 +172,14 @@ def test_the_commands_and_their_order(stand_in):
     first = stand_in.calls()
     code, out, err = outcome(stand_in("--data_root=somewhere", "--pretrain=--blur 0.4", "--linear=--lr 3"))
     assert code == 2 and 'was begun with --pretrain and --linear "--blur 0.5 | --lr 3"' in err and err.count("\n") == 1 and stand_in.calls() == first
-    assert outcome(stand_in("--seeds=2", "--data_root=somewhere", "--pretrain=--blur 0.5", "--linear=--lr 3"))[0] == 0
-    assert stand_in.calls()[len(first):] == [call for call in first if "check" not in call and "--evaluate" not in call]
+    code, out, err = outcome(stand_in("--seeds=3", "--data_root=somewhere", "--pretrain=--blur 0.5", "--linear=--lr 3"))
+    assert code == 0 and "seed0: done before" in out and "seed1: done before" in out
+    assert [call.split()[0] for call in stand_in.calls()[len(first):]] == ["main.py", "main_lincls.py", "export.py", "-m"]  # the third seed, release, results
+    assert stand_in.calls()[len(first)] == first[0].replace("seed 0", "seed 2").replace("seed0", "seed2")
+    (stand_in.folder / "experiments" / "paper" / "seed1" / "backbone.pt").touch()  # made again: the evaluation is of another one, which is for main_lincls.py to see
+    count = len(stand_in.calls())
+    assert outcome(stand_in("--seeds=3", "--data_root=somewhere", "--pretrain=--blur 0.5", "--linear=--lr 3"))[0] == 0
+    assert stand_in.calls()[count:count + 2] == first[2:4]
 
 
 def test_a_release_that_was_checked_is_not_checked_again(stand_in):
