@@ -64,13 +64,13 @@ def test_three_seeds_are_a_line_with_mean_and_standard_deviation():
     lines = results.full_table(groups)
     assert cells(lines[2]) == [
         "ResNet-18", "800", "3", "89.00 ± 1.00", "91.00 ± 1.00", f"{statistics.fmean(TOP1):.2f} ± {statistics.stdev(TOP1):.2f}",
-        f"{statistics.fmean(TOP1) + 1:.2f} ± {statistics.stdev(TOP1):.2f}", "3 min, a GPU, bf16, torch 2.11.0, 2026-11-25",
+        f"{statistics.fmean(TOP1) + 1:.2f} ± {statistics.stdev(TOP1):.2f}", "3.0 min, a GPU, bf16, torch 2.11.0, 2026-11-25",
     ]
     assert cells(lines[3]) == ["the same, untrained", "0", "3", "21.00 ± 1.00", "31.00 ± 1.00", "–", "–", "–"]
     assert len(lines) == 4
     lines = results.brief_table(groups)
     top1 = f"{statistics.fmean(TOP1):.2f} ± {statistics.stdev(TOP1):.2f}"
-    assert cells(lines[2]) == ["ResNet-18", "800", "3", "91.00 ± 1.00; untrained 31.00 ± 1.00", top1, "3 min, a GPU, bf16"]
+    assert cells(lines[2]) == ["ResNet-18", "800", "3", "91.00 ± 1.00; untrained 31.00 ± 1.00", top1, "3.0 min, a GPU, bf16"]
     assert cells(lines[3]) == ["published: paper", "800", "–", "about 90", "91.8", "–"]
     assert not any("paper's own run" in line for line in lines)
     assert "is not among these yet" in results.brief_table([])[-1] and "has 2 seeds so far" in results.brief_table(results.read_groups(names[:2]))[-1]
@@ -78,16 +78,17 @@ def test_three_seeds_are_a_line_with_mean_and_standard_deviation():
 
 def test_what_differs_from_the_recipe_and_the_protocol_is_said():
     write_pair("small", wall=False, epochs=12, width=16, batch_size=128, blur=0.5, linear={"features": "cached", "lr": 3.0})
-    write_pair("proportional", epochs=12, batch_size=100, learning_rate=0.03 * 100 / 256, train_size=5000)
+    write_pair("proportional", epochs=12, batch_size=100, learning_rate=0.03 * 100 / 256, train_size=5000, linear={"train_size": 5000})
     groups = results.read_groups(["small", "proportional"])
     lines = results.full_table(groups)
     assert cells(lines[2])[0] == "ResNet-18, 5,000 training pictures, batch 100"  # the wider one first
+    assert cells(lines[2])[5] == "91.00"
     assert cells(lines[4])[0] == "ResNet-18, width 16, batch 128, rate 0.06, `--blur 0.5`"
     assert list(results.differences({"train_size": 500, "crop_scale": [0.9, 1.0], "seeds": 3, "fraction": 0.1}, results.PROTOCOL)) == [
         "500 training pictures", "`--seeds 3`", "`--crop_scale [0.9, 1.0]`", "0.1 of the labels",
     ]
-    assert cells(lines[4])[5] == "91.00 (cached features, rate 3)" and cells(lines[4])[7] == "2 min (steps alone), a GPU, bf16, torch 2.11.0, 2026-11-25"
-    assert cells(results.brief_table(groups)[3])[5] == "2 min (steps alone), a GPU, bf16"
+    assert cells(lines[4])[5] == "91.00 (cached features, rate 3)" and cells(lines[4])[7] == "2.0 min (steps alone), a GPU, bf16, torch 2.11.0, 2026-11-25"
+    assert cells(results.brief_table(groups)[3])[5] == "2.0 min (steps alone), a GPU, bf16"
 
 
 def test_what_is_no_result_is_refused(capsys):

@@ -61,6 +61,11 @@ def differences(settings, usual):
             yield WORDS.get(name, f"`--{name} {{}}`").format(given)
 
 
+def protocol_of(linear, run):
+    """In what the settings of a linear evaluation differ from the protocol on the data of its run, in words."""
+    return ", ".join(differences(linear, {**PROTOCOL, **{name: run[name] for name in ("dataset", "train_size", "test_size")}}))
+
+
 def architecture(settings):
     return settings["arch"].replace("resnet", "ResNet-")
 
@@ -127,7 +132,7 @@ def training_time(runs, brief=False):
             lambda run: f"torch {run.config['versions']['torch'].split('+')[0]}", lambda run: run.config.get("date"),
         )
     ]
-    return ", ".join([f"{minutes:.0f} min{words}", *filter(None, where[:2] if brief else where)])
+    return ", ".join([f"{minutes:.{1 if minutes < 10 else 0}f} min{words}", *filter(None, where[:2] if brief else where)])
 
 
 def linear_cells(runs, untrained=False):
@@ -135,7 +140,7 @@ def linear_cells(runs, untrained=False):
     linears = [read_linear(run, untrained) for run in runs]
     if None in linears:
         return [NONE, NONE]
-    protocols = {", ".join(differences(linear.settings, PROTOCOL)) for linear in linears}
+    protocols = {protocol_of(linear.settings, run.settings) for linear, run in zip(linears, runs)}
     if len(protocols) > 1:
         raise ValueError(f"{runs[0].folder}: the linear evaluations of its seeds have different protocols: {'; '.join(sorted(protocols))}")
     protocol = protocols.pop()
@@ -214,7 +219,7 @@ def weights_table(folder="weights"):
         accuracies, linear, recipe = said["accuracies"], said["linear_evaluation"], said["recipe"]
         top1 = NONE
         if linear is not None:
-            protocol = ", ".join(differences({**linear, "seeds": 1}, PROTOCOL))
+            protocol = protocol_of({**linear, "seeds": 1}, recipe)
             top1 = f"{accuracies['linear_seed' + str(linear['seeds'][0])]:.2f}" + (f" ({protocol})" if protocol else "")
         rows.append([
             f"`{said['file'].removesuffix('.pt')}`", f"{recipe_of(recipe)}, {recipe['epochs']} epochs, seed {recipe['seed']}", f"{accuracies['knn200']:.2f}", top1,
