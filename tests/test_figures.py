@@ -122,7 +122,7 @@ def test_runs_of_unequal_length_are_all_seen(tmp_path, axes_of):
     (["a0", "a1", "a2", "b3"], "a0 to b3: 4 seeds"), (["one run"], "one run"),
 ])
 def test_what_runs_are_called(names, label):
-    assert runs_module.label_of([(f"experiments/{name}", [], {"seed": i}) for i, name in enumerate(names)]) == label
+    assert runs_module.label_of([runs_module.Run(f"experiments/{name}", [], {"settings": {"seed": i}}) for i, name in enumerate(names)]) == label
 
 
 def test_the_same_folder_twice_is_one_run(tmp_path, axes_of):
