@@ -27,8 +27,9 @@ demo: $(INSTALLED)
 	@$(RUN) -m utils.log experiments/$(DEMO) experiments/$(DEMO)-linear-untrained experiments/$(DEMO)-linear
 	@echo "to look at: experiments/$(DEMO)/report.html and experiments/$(DEMO)-linear/report.html"
 
+# Two at a time with a thread each: most tests are small, or wait for processes that start.
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist worksteal tests
 
 reproduce: $(INSTALLED)
 	PYTHON=$(abspath $(RUN)) bash reproduce.sh $(ARGS)
