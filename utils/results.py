@@ -33,16 +33,18 @@ ENOUGH = 3                                  # seeds, from which on a mean and a 
 
 # The paper's recipe (appendix D), and the protocol of linear evaluation: what differs from them is said in the tables.
 RECIPE = {
-    "dataset": "cifar10", "train_size": None, "test_size": None, "width": 64, "batch_size": 512, "learning_rate": None, "dim": 2048, "pred_dim": 512, "num_proj_layers": 2, "momentum": 0.9, "weight_decay": 5e-4, **STUDY,
+    "dataset": "cifar10", "train_size": None, "test_size": None, "width": 64, "batch_size": 512, "learning_rate": None,
+    "dim": 2048, "pred_dim": 512, "num_proj_layers": 2, "momentum": 0.9, "weight_decay": 5e-4, **STUDY,
 }
 EPOCHS, RATE_PER_256 = 800, 0.03
 PROTOCOL = {
-    "dataset": "cifar10", "train_size": None, "test_size": None, "mean": list(MEAN), "std": list(STD), "seeds": 1, "crop_scale": [0.08, 1.0], "features": "augmented", "optimizer": "sgd", "schedule": "step", "epochs": 100, "batch_size": 256, "lr": 30.0, "momentum": 0.9, "weight_decay": 0.0,
-    "fraction": 1.0,
+    "dataset": "cifar10", "train_size": None, "test_size": None, "mean": list(MEAN), "std": list(STD), "seeds": 1, "crop_scale": [0.08, 1.0],
+    "features": "augmented", "optimizer": "sgd", "schedule": "step", "epochs": 100, "batch_size": 256, "lr": 30.0, "momentum": 0.9,
+    "weight_decay": 0.0, "fraction": 1.0,
 }
 WORDS = {
-    "dataset": "{}", "train_size": "{:,} training pictures", "test_size": "{:,} test pictures", "width": "width {}", "batch_size": "batch {}", "learning_rate": "rate {:g}", "epochs": "{} epochs", 
-    "features": "{} features", "lr": "rate {:g}", "fraction": "{:g} of the labels",
+    "dataset": "{}", "train_size": "{:,} training pictures", "test_size": "{:,} test pictures", "width": "width {}", "batch_size": "batch {}",
+    "learning_rate": "rate {:g}", "epochs": "{} epochs", "features": "{} features", "lr": "rate {:g}", "fraction": "{:g} of the labels",
 }
 
 
@@ -66,13 +68,9 @@ def protocol_of(linear, run):
     return ", ".join(differences(linear, {**PROTOCOL, **{name: run[name] for name in ("dataset", "train_size", "test_size")}}))
 
 
-def architecture(settings):
-    return settings["arch"].replace("resnet", "ResNet-")
-
-
 def recipe_of(settings):
     """A network and its recipe in words: ResNet-18 alone is the paper's."""
-    return ", ".join([architecture(settings), *differences(settings, RECIPE)])
+    return ", ".join([settings["arch"].replace("resnet", "ResNet-"), *differences(settings, RECIPE)])
 
 
 def is_the_papers(settings):
@@ -124,7 +122,8 @@ def values_of(runs, value):
 
 def training_time(runs, brief=False):
     """Minutes a run, the device and precision; version of torch and, where they are known, the dates."""
-    key, words = ("wall_seconds", "") if all("wall_seconds" in record for run in runs for record in run.records if record["epoch"]) else ("seconds", " (steps alone)")
+    by_the_clock = all("wall_seconds" in record for run in runs for record in run.records if record["epoch"])
+    key, words = ("wall_seconds", "") if by_the_clock else ("seconds", " (steps alone)")
     minutes = statistics.fmean(sum(record.get(key, 0) for record in run.records) / 60 for run in runs)
     where = [
         values_of(runs, value) for value in (
