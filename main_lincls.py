@@ -1,426 +1,335 @@
 """Linear evaluation of a pre-trained backbone: frozen features, one linear classifier.
 
-    python main_lincls.py --arch resnet18 --num_cls 10 --batch_size 256 --lr 30.0 --weight_decay 0.0 --pretrained CHECKPOINT DIR
-
-CHECKPOINT is the backbone.pt or checkpoint.pt of a run of main.py, or a SimSiam checkpoint of other code for CIFAR
-(simsiam/weights.py has the list); DIR is the folder that has, or gets, cifar-10-batches-py. On a CPU, --features cached
-computes the features once, without augmentation, and takes minutes at small width:
-
+    python main_lincls.py --arch resnet18 --num_cls 10 --batch_size 256 --lr 30.0 --weight_decay 0.0 \\
+        --pretrained CHECKPOINT DIR
     python main_lincls.py --features cached --pretrained experiments/1/backbone.pt data
 
-The result is the last epoch's top-1 accuracy on all test images. The best epoch is shown beside it; it is
-chosen on the test images and so is not a result.
+CHECKPOINT: backbone.pt or checkpoint.pt of main.py, or a checkpoint of other SimSiam code for CIFAR. The first command
+is the paper's protocol: SGD on random crops and flips for 100 epochs. The result is the top-1 accuracy of the last
+epoch on all test images; the best epoch is printed beside it, but it is chosen on the test images.
+
+--features cached computes the features once, without augmentation, and fits the L2-regularized softmax regression by
+L-BFGS until it converges: minutes on a CPU at small width, and no learning rate to choose.
 """
-import argparse
 import math
 import os
 import shlex
-import shutil
-import statistics
 import time
-from typing import NamedTuple
 
-from utils.cpu import prepare_cpu  # before torch
+import utils  # noqa: F401 (before torch)
 
 import torch
 import torch.nn.functional as F
 
-from simsiam import ARCHS, load_backbone
-from utils import checkpoint, log
-from utils.augment import MEAN, STD
-from utils.board import require_tensorboard
-from utils.cli import Parser, add_normalization, complain, real_number, run, share, warn, whole_number
+import simsiam
+from utils import checkpoint
+from utils.augment import MEAN, STD, crop_flip, draw_views, epoch_generator, normalize
+from utils.cli import (
+    Parser, Progress, Stopped, StopRequest, add_data_options, add_device_options, add_normalization, add_run_options,
+    bar, fraction, info, real_number, run_script, say, set_quiet, warn, whole_number,
+)
 from utils.data import DATASETS, balanced_subset, load_dataset
 from utils.device import autocast, describe, select_device, select_precision
-from utils.features import extract_features, feature_batches, make_augmented_features
+from utils.knn import extract_features
 from utils.metrics import class_accuracies, confusion_matrix, top_k
-from utils.progress import Progress, say, set_quiet, tell
-from utils.report import REPORT, draw_run, write_report
-from utils.resume import EVALUATION, FORMAT, check_unchanged, find_resumed, machine, restore, resumed_settings, warn_if_elsewhere
-from utils.run import EVALUATION_CHECKPOINT, RESULTS, RunWriter, new_run_folder, write_config
-from utils.stop import StopRequest
+from utils.report import REPORT, draw_run
+from utils.run import EVALUATION, FORMAT, RESULTS, Run, find_run, machine, restore, start_run
 
-LR_PER_256 = 30.0            # the rate for a batch of 256; it scales linearly
-MILESTONES = (0.6, 0.8)      # shares of the epochs after which the rate falls to a tenth: 60 and 80 of 100
-CROP_SCALE = (0.08, 1.0)     # torchvision's default for RandomResizedCrop
-LINE_SEARCH = 25             # points of lbfgs's line search, at most
-SAVE_SECONDS = 10            # from one checkpoint to the next, at least
+LR_PER_256 = 30.0                # learning rate for a batch of 256; it scales linearly
+MILESTONES = (0.6, 0.8)          # shares of the epochs after which it is divided by 10
+CACHED_WEIGHT_DECAY = 1e-4       # without any, L-BFGS does not converge
+MOST_ITERATIONS = 2000           # of L-BFGS
+SGD = {"epochs": 100, "lr": None, "momentum": 0.9, "batch_size": 256}  # options of --features augmented, defaults
+PARTS = ("classifier", "optimizer", "backbone", "records")  # of a checkpoint
+MAY_CHANGE = ("data_root", "pretrained", "exp_dir", "trial", "tensorboard", "compile")  # in a resumed evaluation
 
 
 def make_parser():
     parser = Parser(prog="main_lincls.py", description=__doc__)
-    data = parser.add_argument_group("data")
-    data.add_argument("data_root", nargs="?", default="data", metavar="DIR", help="folder that has, or gets, cifar-10-batches-py")
-    data.add_argument("--dataset", choices=DATASETS, default="cifar10", help="shapes is built in and needs no files")
-    data.add_argument("--num_cls", type=whole_number(2), metavar="N", help="number of classes (default: the data set's)")
-    data.add_argument("--train_size", type=whole_number(1), metavar="N", help="the first N training pictures only (default: all)")
-    data.add_argument("--test_size", type=whole_number(1), metavar="N", help="the first N test pictures only (default: all)")
-    data.add_argument("--fraction", type=share, default=1.0, metavar="F", help="train on this share of each class, drawn by --seed: 0.01 and 0.1 are usual")
+    data = add_data_options(parser, DATASETS)
+    data.add_argument("--num_cls", type=whole_number(2), metavar="N", help="classes (default: the data set's)")
+    data.add_argument("--fraction", type=fraction, default=1.0, metavar="F", help="share of the labels, drawn by --seed")
 
     backbone = parser.add_argument_group("backbone")
-    backbone.add_argument("--pretrained", metavar="CHECKPOINT", help="backbone.pt or checkpoint.pt of a run of main.py, or a checkpoint of other code (needed)")
-    backbone.add_argument("--arch", choices=ARCHS, default="resnet18", help="backbone")
-    backbone.add_argument("--width", type=whole_number(1), metavar="CHANNELS", help="of the first stage (default: the checkpoint's)")
+    backbone.add_argument("--pretrained", metavar="CHECKPOINT", help="backbone to evaluate (required)")
+    backbone.add_argument("--arch", choices=simsiam.ARCHS, default="resnet18", help="backbone")
+    backbone.add_argument("--width", type=whole_number(1), metavar="N", help="default: the checkpoint's")
     add_normalization(backbone, MEAN, STD)
 
-    training = parser.add_argument_group("classifier")
-    training.add_argument("--features", choices=("augmented", "cached"), default="augmented", help="augmented: random crop and flip in every epoch; cached: computed once, without")
-    training.add_argument("--crop_scale", type=share, nargs=2, default=list(CROP_SCALE), metavar=("MIN", "MAX"), help="the random crop's share of the picture's area")
-    training.add_argument("--epochs", type=whole_number(1), default=100, metavar="N", help="passes over the training pictures; for lbfgs iterations")
-    training.add_argument("--optimizer", choices=("sgd", "lbfgs"), default="sgd", help="lbfgs: all cached features in each step, rate by line search")
-    training.add_argument("--schedule", choices=("step", "cosine", "constant"), default="step", help="of sgd's rate; step: a tenth after 60 %% and 80 %% of the epochs")
-    training.add_argument("--batch_size", type=whole_number(1), default=256, metavar="N", help="pictures a step of sgd")
-    training.add_argument("--lr", type=real_number, metavar="LR", help=f"initial rate of sgd (default: {LR_PER_256} * batch_size / 256)")
-    training.add_argument("--momentum", type=real_number, default=0.9, metavar="M", help="of sgd")
-    training.add_argument("--weight_decay", type=real_number, default=0.0, metavar="WD", help="on weights and biases")
-    training.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="of the classifier, the order, the crops and the --fraction")
-    training.add_argument("--seeds", type=whole_number(1), default=1, metavar="N", help="train N classifiers, with seeds from --seed on: mean and std")
-    training.add_argument("--evaluate", metavar="CLASSIFIER", help="train nothing: test the classifier.pt of an evaluation")
+    training = parser.add_argument_group("classifier", "--epochs to --crop_scale are for --features augmented only.")
+    training.add_argument("--features", choices=("augmented", "cached"), default="augmented",
+                          help="SGD on random crops and flips, or L-BFGS on features computed once")
+    training.add_argument("--weight_decay", type=real_number, metavar="WD",
+                          help=f"L2 penalty (default: 0 for augmented, {CACHED_WEIGHT_DECAY:g} for cached)")
+    training.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="random seed")
+    training.add_argument("--evaluate", metavar="CLASSIFIER", help="train nothing, test this classifier.pt")
+    training.add_argument("--epochs", type=whole_number(1), metavar="N", help="number of epochs (default: 100)")
+    training.add_argument("--batch_size", type=whole_number(1), metavar="N", help="images per step (default: 256)")
+    training.add_argument("--lr", type=real_number, metavar="LR", help="learning rate (default: 30 * batch_size / 256)")
+    training.add_argument("--momentum", type=real_number, metavar="M", help="momentum of SGD (default: 0.9)")
+    training.add_argument("--crop_scale", type=fraction, default=0.08, metavar="MIN", help="smallest area of a crop")
 
-    device = parser.add_argument_group("device")
-    device.add_argument("--gpu", type=int, metavar="N", help="number of the CUDA GPU (default: the first one, else the CPU)")
-    device.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the backbone; the classifier is float32")
-    device.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile crops and backbone (default: on with CUDA, off on the CPU)")
-
-    folder = parser.add_argument_group("run")
-    folder.add_argument("--max_minutes", type=real_number, metavar="M", help="stop after M minutes as Ctrl-C does, with exit code 0 (default: no limit)")
-    folder.add_argument("--exp_dir", default="experiments", metavar="DIR", help="where the evaluation's folder is made")
-    folder.add_argument("--trial", metavar="NAME", help="the folder's name (default: the next free number)")
-    folder.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="scalars and figures for TensorBoard too, in the folder (needs the package; default: off)")
-    folder.add_argument("--quiet", action="store_true", help="print the result, warnings and errors only")
-    folder.add_argument("--resume", metavar="auto|PATH", help=f"go on with an evaluation; auto: of --trial, else the newest, else start; PATH: its {EVALUATION_CHECKPOINT} (default: a new one)")
+    add_device_options(parser, compiled=True)
+    add_run_options(parser)
     return parser
 
 
 # ---------------------------------------------------------------------------------------------------
-# One training step
+# --features augmented: the paper's protocol
 
 
-class Head(NamedTuple):
-    """A linear classifier in training."""
+def make_features(args, backbone, device):
+    """A function: images uint8 [B, 3, H, W] and their Draws -> features of the crops, float32 [B, feature_dim]."""
+    precision = autocast(device, args.precision)
 
-    seed: int
-    classifier: torch.nn.Linear
-    optimizer: torch.optim.Optimizer
+    def features(images, draws):
+        views = normalize(crop_flip(images, draws), args.mean, args.std)
+        with torch.no_grad(), precision():
+            return backbone(views.contiguous(memory_format=torch.channels_last)).float()
+
+    compiled = device.type == "cuda" if args.compile is None else args.compile
+    return torch.compile(features, dynamic=False) if compiled else features
 
 
-def is_finite(head):
-    """Whether all weights of the classifier are finite numbers."""
-    return all(bool(value.isfinite().all()) for value in head.classifier.state_dict().values())
+def train_sgd(args, device, data, backbone, classifier, optimizer, test_features, run, state, stop):
+    """Train the classifier from `state` to the last epoch; run.records gets a record for each. Raises Stopped if a stop
+    is requested: the unfinished epoch is repeated when resumed."""
+    features = make_features(args, backbone, device)
+    size = len(data.train_images)
+    with Progress(args.epochs, state["epoch"]) as progress:
+        for epoch in range(state["epoch"], args.epochs):
+            optimizer.param_groups[0]["lr"] = rate = step_rate(args.lr, epoch, args.epochs)
+            start = time.perf_counter()
+            generator = epoch_generator(args.seed, epoch, device)
+            order = torch.randperm(size, generator=generator, device=device)
+            draws = draw_views(size, generator, *data.train_images.shape[2:], scale=(args.crop_scale, 1.0))
+            sums = torch.zeros(2, device=device)                          # loss and correct predictions
+            for first in range(0, size, args.batch_size):                 # the last batch is smaller; none is dropped
+                stop.check()
+                rows = slice(first, min(first + args.batch_size, size))
+                images = data.train_images[order[rows].to(data.train_images.device)].to(device, non_blocking=True)
+                labels = data.train_labels[order[rows]]
+                logits = classifier(features(images, draws.rows(rows)))   # [B, num_cls]
+                loss = F.cross_entropy(logits, labels)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                sums += torch.stack((loss.detach() * len(labels), (logits.argmax(dim=1) == labels).sum()))
+                progress.update(epoch + rows.stop / size)
+            loss, correct = (sums / size).tolist()
+            run.log({"epoch": epoch + 1, "train_loss": loss, "train_top1": 100 * correct,
+                     **test(classifier, test_features, data.test_labels), "lr": rate,
+                     "seconds": round(time.perf_counter() - start, 3)})
+            if not math.isfinite(loss):
+                return
+            top1 = run.records[-1]["test_top1"]
+            progress.update(epoch + 1, f"loss {loss:.3f}, test top-1 {top1:.2f} %", keep=epoch + 1 == args.epochs)
+            run.save(evaluation_files(args, device, run.records, classifier, optimizer), epoch + 1)
 
 
-def make_head(seed, feature_dim, args, device):
-    """A new classifier: weights from N(0, 0.01), bias 0."""
-    torch.manual_seed(seed)
-    classifier = torch.nn.Linear(feature_dim, args.num_cls)
-    torch.nn.init.normal_(classifier.weight, std=0.01)
-    torch.nn.init.zeros_(classifier.bias)
-    classifier.to(device)
-    if args.optimizer == "lbfgs":
-        optimizer = torch.optim.LBFGS(
-            classifier.parameters(), max_iter=1, max_eval=LINE_SEARCH + 1, history_size=10, line_search_fn="strong_wolfe"
-        )
+def step_rate(rate, epoch, epochs):
+    """Learning rate of an epoch, counted from 0."""
+    return rate * 0.1 ** sum(epoch >= round(milestone * epochs) for milestone in MILESTONES)
+
+
+def evaluation_files(args, device, records, classifier, optimizer):
+    """evaluation.pt, which a resumed evaluation needs."""
+    return {EVALUATION: {
+        "epoch": len(records), "records": records, "format": FORMAT, "config": vars(args), "machine": machine(device),
+        "backbone": args.backbone, "classifier": classifier.state_dict(),
+        "optimizer": optimizer.state_dict() if optimizer else None,
+    }}
+
+
+# ---------------------------------------------------------------------------------------------------
+# --features cached
+
+
+def fit_lbfgs(classifier, features, labels, weight_decay, check=lambda: None):
+    """Fit the classifier by L-BFGS in float64: the minimum of cross-entropy + weight_decay / 2 * |W|^2, where W are the
+    weights and biases on standardized features, until no entry of the gradient exceeds 1e-6. Returns the
+    cross-entropy and the number of iterations. check: called every 20 iterations; may raise to end the work."""
+    features = features.double()
+    mean, std = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
+    features = (features - mean) / std
+    model = torch.nn.Linear(features.shape[1], classifier.out_features, device=features.device, dtype=torch.float64)
+    torch.nn.init.zeros_(model.weight)
+    torch.nn.init.zeros_(model.bias)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=20, history_size=20, tolerance_grad=0,
+                                  tolerance_change=0, line_search_fn="strong_wolfe")
+
+    def objective():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(features), labels)
+        loss = loss + weight_decay / 2 * sum(value.square().sum() for value in model.parameters())
+        loss.backward()
+        return loss
+
+    for iterations in bar(range(20, MOST_ITERATIONS + 1, 20), desc="L-BFGS", leave=False):
+        check()
+        optimizer.step(objective)
+        if max(value.grad.abs().max() for value in model.parameters()) < 1e-6:
+            break
     else:
-        optimizer = torch.optim.SGD(classifier.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
-    return Head(seed, classifier, optimizer)
-
-
-def train_step(head, features, labels, penalty):
-    """One step on features [B, feature_dim] and labels int64 [B]: float32 [2], the cross-entropy and how many answers were
-    right, both before it. penalty: the factor of half the squared weights in the loss, for optimizers without weight decay."""
-    metrics = []
-
-    def loss():
-        head.optimizer.zero_grad(set_to_none=True)
-        logits = head.classifier(features)
-        cross_entropy = F.cross_entropy(logits, labels)
-        metrics.append(torch.stack((cross_entropy.detach(), (logits.argmax(dim=1) == labels).sum())))
-        objective = cross_entropy
-        if penalty:
-            objective = objective + penalty / 2 * sum(value.square().sum() for value in head.classifier.parameters())
-        objective.backward()
-        return objective
-
-    head.optimizer.step(loss)  # lbfgs calls it for each point of its line search
-    return metrics[0]
-
-
-def scheduled_rate(schedule, rate, epoch, epochs):
-    """The learning rate of an epoch, counted from 0."""
-    if schedule == "step":
-        return rate * 0.1 ** sum(epoch >= round(milestone * epochs) for milestone in MILESTONES)
-    if schedule == "cosine":
-        return rate * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
-    return rate
-
-
-def tested(heads, features, labels):
-    """The accuracies of the heads on the test features: a dict for the log, of means over the heads if there are several."""
+        warn(f"L-BFGS has not converged after {iterations} iterations; raise --weight_decay ({weight_decay:g})")
     with torch.no_grad():
-        logits = [head.classifier(features) for head in heads]
-    top1 = [top_k(one, labels, 1) for one in logits]
-    record = {"test_top1": statistics.fmean(top1)}
-    if logits[0].shape[1] > 5:
-        record["test_top5"] = statistics.fmean(top_k(one, labels, 5) for one in logits)
-    if len(heads) > 1:
-        record |= {"test_top1_std": statistics.stdev(top1), log.OF_SEEDS: top1}
-    return record
+        loss = F.cross_entropy(model(features), labels).item()
+        classifier.weight.copy_(model.weight / std)  # for features that are not standardized
+        classifier.bias.copy_(model.bias - model.weight @ (mean / std))
+    return loss, iterations
 
 
 # ---------------------------------------------------------------------------------------------------
 # The evaluation
 
 
-def train(args, device, data, heads, features_of, test_features, writer, state, stop):
-    """Train the heads from `state` on to the last epoch, or until `stop`, a StopRequest, has a signal. Returns the log's
-    records, one an epoch, or the exit code of an evaluation that did not come to its end."""
-    size = len(data.train_images)
-    steps = math.ceil(size / args.batch_size)
-    sizes = torch.tensor([min(args.batch_size, size - args.batch_size * step) for step in range(steps)])  # none is dropped
-    penalty = args.weight_decay if args.optimizer == "lbfgs" else 0.0
-    records, saved = state["records"], time.monotonic()
-    with Progress(args.epochs, state["epoch"] + state["step"] / steps) as progress:
-        for epoch in range(state["epoch"], args.epochs):
-            start, step = time.perf_counter(), state["step"]
-            feeds = [
-                feature_batches(features_of, data, head.seed, epoch, step, args.batch_size, args.crop_scale, device) for head in heads
-            ]
-            metrics = torch.zeros(steps, len(heads), 2, device=device)  # of each step and head: the loss, and the right answers
-            metrics[:step] = state["metrics"]
-            if args.optimizer == "sgd":
-                rate = scheduled_rate(args.schedule, args.lr, epoch, args.epochs)
-                for head in heads:
-                    head.optimizer.param_groups[0]["lr"] = rate
-
-            # ---- the step, of each head: features of its own batch, loss, backward, update
-            while step < steps and stop.signal is None:
-                for i, head in enumerate(heads):
-                    metrics[step, i] = train_step(head, *next(feeds[i]), penalty)
-                step += 1
-                progress.update(epoch + step / steps)
-            # ----
-
-            metrics = metrics[:step].cpu()  # the epoch's one synchronization
-            losses, right = metrics.double().mean(dim=1).unbind(dim=1)
-            if not losses.isfinite().all():
-                bad = losses.isfinite().tolist().index(False)
-                return give_up(f"epoch {epoch + 1}, step {bad + 1} of {steps}: the loss is {losses[bad]}{lower_rate(args)}", writer)
-            state = {
-                "epoch": epoch, "step": step, "metrics": metrics, "seconds": state["seconds"] + time.perf_counter() - start, "records": records,
-            }
-            if step == steps:
-                record = {
-                    "epoch": epoch + 1, "train_loss": ((losses * sizes).sum() / size).item(), "train_top1": 100 * right.sum().item() / size,
-                    **tested(heads, test_features, data.test_labels), "seconds": round(state["seconds"], 3),
-                }
-                if args.optimizer == "sgd":
-                    record["lr"] = rate
-                records.append(record)
-                writer.log(record)
-                line = f"training loss {record['train_loss']:.3f}, test top-1 {record['test_top1']:.2f} %"
-                progress.epoch(epoch + 1, line, epoch + 1 == args.epochs, line)
-                state = new_epoch(epoch + 1, records)
-            finished, stopped = state["epoch"] == args.epochs, stop.signal is not None
-            if finished or stopped or time.monotonic() - saved > SAVE_SECONDS:
-                writer.save({EVALUATION_CHECKPOINT: evaluation_state(args, device, state, heads)}, state["epoch"])
-                saved = time.monotonic()
-            if not (finished or stopped):
-                writer.show_progress(draw_run, write_report)
-            if stopped and not finished:
-                return stopped_early(args, writer, stop)
-    return records
+def test(classifier, features, labels):
+    """Test accuracies for the log: top-1, and top-5 if there are more than 5 classes, in percent."""
+    with torch.no_grad():
+        logits = classifier(features)
+    record = {"test_top1": top_k(logits, labels, 1)}
+    return record | ({"test_top5": top_k(logits, labels, 5)} if logits.shape[1] > 5 else {})
 
 
-def evaluate(args, device, data, backbone, heads, writer, state, stop):
-    """Train the heads on the backbone's features, or, with --evaluate, take them as they are; test them and write what
-    came out. Returns the exit code."""
-    precision_context = autocast(device, args.precision)
-    backbone.to(device, memory_format=torch.channels_last)
+def evaluate(args, device, data, backbone, classifier, optimizer, run, state, stop):
+    """Train and test the classifier on the features of the frozen backbone. Returns the exit code."""
     frozen = {name: value.clone() for name, value in backbone.state_dict().items()}
 
-    features_of, test_features = None, None
-    if stop.signal is not None:
-        return stopped_early(args, writer, stop)
-    with stop.at_once():
-        if args.evaluate is None and args.features == "augmented":
-            compiled = device.type == "cuda" if args.compile is None else args.compile
-            features_of = make_augmented_features(backbone, precision_context, args.mean, args.std, compiled)
-        elif args.evaluate is None:
-            features_of = extract_features(backbone, data.train_images, precision_context, args.mean, args.std)
-        test_features = extract_features(backbone, data.test_images, precision_context, args.mean, args.std)
-    if test_features is None:
-        return stopped_early(args, writer, stop)
+    def features_of(images):
+        return extract_features(backbone, images, autocast(device, args.precision), args.mean, args.std,
+                                check=stop.check)
 
-    records = [tested(heads, test_features, data.test_labels)]
-    if args.evaluate is None:
-        records = train(args, device, data, heads, features_of, test_features, writer, state, stop)
-        if isinstance(records, int):
-            return records
-    if not all(map(is_finite, heads)):
-        return give_up(f"weights that are not finite numbers after the last step{lower_rate(args)}", writer)
+    try:
+        test_features, record = features_of(data.test_images), None
+        if args.evaluate is not None:
+            record = test(classifier, test_features, data.test_labels)
+        elif args.features == "cached":
+            train_features = features_of(data.train_images)
+            loss, iterations = fit_lbfgs(classifier, train_features, data.train_labels, args.weight_decay, stop.check)
+            run.log({"epoch": iterations, "train_loss": loss,
+                     "train_top1": test(classifier, train_features, data.train_labels)["test_top1"],
+                     **test(classifier, test_features, data.test_labels)})
+        else:
+            train_sgd(args, device, data, backbone, classifier, optimizer, test_features, run, state, stop)
+    except Stopped:
+        run.draw(draw_run)
+        say("Interrupted." if args.evaluate else
+            f"Interrupted. Resume with: python main_lincls.py --resume {shlex.quote(run.path(EVALUATION))}")
+        return stop.exit_code
+    if not all(value.isfinite().all() for value in classifier.state_dict().values()):
+        return run.fail("the weights of the classifier are not finite; lower --lr")
     moved = [name for name, value in backbone.state_dict().items() if not torch.equal(value, frozen[name])]
     if moved:
-        raise AssertionError(f"the frozen backbone moved during linear evaluation: {', '.join(moved)}")
+        raise AssertionError(f"the frozen backbone moved: {', '.join(moved)}")
     with torch.no_grad():
-        confusion = sum(
-            confusion_matrix(head.classifier(test_features).argmax(dim=1), data.test_labels, args.num_cls) for head in heads
-        )
-    return report(args, data, heads, records, confusion, writer)
+        predicted = classifier(test_features).argmax(dim=1)
+    return report(args, data, classifier, record, confusion_matrix(predicted, data.test_labels, args.num_cls), run)
 
 
-def report(args, data, heads, records, confusion, writer):
-    """Print the result, and write it with the classifiers and figures. Returns the exit code."""
-    last = records[-1]
-    accuracy = f"{last['test_top1']:.2f}"
-    if len(heads) > 1:
-        accuracy += f" ± {last['test_top1_std']:.2f} % (mean and std of {len(heads)} classifiers, seeds {heads[0].seed} to {heads[-1].seed})"
-    else:
-        accuracy += " %"
-    when = f", last epoch ({last['epoch']})" if "epoch" in last else ""
-    count = f"{'all' if args.test_size is None else 'the first'} {len(data.test_images)} test pictures"
-    print(f"linear top-1: {accuracy}{when}, {count}")
-    if "test_top5" in last:
-        print(f"top-5: {last['test_top5']:.2f} %")
-    results = {"pictures": len(data.test_images), **last}
-    if args.evaluate is None:
-        results["seeds"] = [head.seed for head in heads]
-        best = max(records, key=lambda record: record["test_top1"])
-        print(f"best epoch ({best['epoch']}): {best['test_top1']:.2f} %, chosen on the test pictures and so not the result")
+def report(args, data, classifier, record, confusion, run):
+    """Print the result and write results.json, the classifier and the figures. Returns the exit code."""
+    record = record or run.records[-1]
+    by_class = dict(zip(data.classes, class_accuracies(confusion).tolist()))
+    by_class = {name: None if math.isnan(value) else value for name, value in by_class.items()}  # None: no test image
+    results = {"images": len(data.test_images), **record}
+    which = "" if args.evaluate else f"epoch {record['epoch']}, " if args.features == "augmented" else "L-BFGS, "
+    print(f"linear top-1: {record['test_top1']:.2f} % ({which}{len(data.test_images):,} test images)")
+    if args.evaluate is None and args.features == "augmented":
+        best = max(run.records, key=lambda each: each["test_top1"])
+        print(f"best epoch ({best['epoch']}): {best['test_top1']:.2f} %, chosen on the test images: not the result")
         results |= {"best_epoch": best["epoch"], "best_top1": best["test_top1"]}
-    by_class = {  # None for a class without test pictures
-        name: None if math.isnan(value) else value for name, value in zip(data.classes, class_accuracies(confusion).tolist())
-    }
-    shown = sorted((name for name in by_class if by_class[name] is not None), key=by_class.get)
-    shown = [*shown[:3], "...", *shown[-3:]] if len(shown) > 10 else shown
-    print(f"by class (%): {', '.join(f'{name} {by_class[name]:.1f}' if name in by_class else name for name in shown)}")
-
-    results |= {"backbone": args.backbone, "class_top1": by_class, "confusion": confusion.tolist()}
-    unsaved = [writer.unsaved]
     if args.evaluate is None:
-        for head in heads:
-            name = "classifier.pt" if len(heads) == 1 else f"classifier-seed{head.seed}.pt"
-            weights = {key: value.cpu() for key, value in head.classifier.state_dict().items()}
-            writer.attempt(checkpoint.save, writer.path(name), weights)
-            unsaved.append(writer.unsaved)
-    writer.attempt(log.write_json, writer.path(RESULTS), results)  # last: with it the evaluation is done
-    writer.draw(draw_run)
-    say(f"figures and all else on one page: {writer.path(REPORT)}")
-    unsaved = [reason for reason in (*unsaved, writer.unsaved) if reason is not None]
-    return give_up(unsaved[0]) if unsaved else 0
-
-
-def new_epoch(epoch, records):
-    """Where an evaluation stands before the first step of an epoch, counted from 0, with the records of those before."""
-    return {"epoch": epoch, "step": 0, "metrics": torch.zeros(0, 1, 2), "seconds": 0.0, "records": records}
-
-
-def evaluation_state(args, device, state, heads):
-    """All that a resumed evaluation needs."""
-    return {
-        **state, "format": FORMAT, "config": vars(args), "machine": machine(device), "backbone": args.backbone,
-        "heads": [head.classifier.state_dict() for head in heads], "optimizers": [head.optimizer.state_dict() for head in heads],
-    }
-
-
-def stopped_early(args, writer, stop):
-    """Say how to go on. Returns the exit code."""
-    writer.draw(draw_run)
-    if writer.unsaved is not None:
-        return give_up(writer.unsaved)
-    if args.evaluate is not None:
-        tell("stopped before there was a result")
-    else:
-        tell(f"stopped; to go on: python main_lincls.py --resume {shlex.quote(writer.path(EVALUATION_CHECKPOINT))}")
-    return stop.exit_code
-
-
-def lower_rate(args):
-    """What to do about numbers that ran away."""
-    return f"; lower --lr ({args.lr:g})" if args.optimizer == "sgd" and args.evaluate is None else ""
-
-
-def give_up(what, writer=None):
-    """Say why there is no result, on the page too where a writer is given. Returns the exit code."""
-    complain(f"main_lincls.py: error: {what}")
-    if writer is not None:
-        writer.draw(draw_run, f"Ended: {what}.")
-    return 1
+        weights = {name: value.cpu() for name, value in classifier.state_dict().items()}
+        run.attempt(checkpoint.save, run.path("classifier.pt"), weights)
+        if run.unsaved:
+            return run.fail(run.unsaved)
+    results |= {"backbone": args.backbone, "class_top1": by_class, "confusion": confusion.tolist()}
+    run.attempt(checkpoint.write_json, run.path(RESULTS), results)  # last: now the evaluation is finished
+    run.draw(draw_run)
+    info(f"Figures: {run.path(REPORT)}")
+    return run.fail(run.unsaved) if run.unsaved else 0
 
 
 # ---------------------------------------------------------------------------------------------------
 # From the command line to the evaluation
 
 
-def build_heads(args, backbone, device, state):
-    """The classifiers: new, those of a checkpoint's state, or the one of --evaluate."""
-    if args.evaluate is not None:
-        head = Head(args.seed, torch.nn.Linear(backbone.feature_dim, args.num_cls), None)
-        weights = checkpoint.load(args.evaluate)
-        own = {name: tuple(value.shape) for name, value in head.classifier.state_dict().items()}
-        is_dict = isinstance(weights, dict) and all(map(torch.is_tensor, weights.values()))
-        if not is_dict or {name: tuple(value.shape) for name, value in weights.items()} != own:
-            raise ValueError(f"{args.evaluate}: not a classifier of {backbone.feature_dim} features and {args.num_cls} classes; that has {own}")
-        head.classifier.load_state_dict(weights)
-        if not is_finite(head):
-            raise ValueError(f"{args.evaluate}: it has weights that are not finite numbers")
-        beside = os.path.join(os.path.dirname(args.evaluate), RESULTS)
-        if os.path.exists(beside) and log.read_json(beside).get("backbone") != args.backbone:
-            warn(f"{args.evaluate} was trained on the features of another backbone than {args.pretrained}, or of another precision of it")
-        head.classifier.to(device)
-        return [head]
-    heads = [make_head(args.seed + i, backbone.feature_dim, args, device) for i in range(args.seeds)]
-    if state is not None:
-        def load_heads(states):
-            for head, one in zip(heads, states, strict=True):
-                head.classifier.load_state_dict(one)
-
-        def load_optimizers(states):
-            for head, one in zip(heads, states, strict=True):
-                head.optimizer.load_state_dict(one)
-
-        restore(state, heads=load_heads, optimizers=load_optimizers)
-    return heads
-
-
-def check_backbone(state, path, backbone):
-    """Raises ValueError unless it is the one that the checkpoint with this state was trained on."""
-    if state["backbone"] != checkpoint.tensors_digest(backbone.state_dict()):
-        raise ValueError(f"--pretrained {path}: not the backbone that {state['origin'][0]} was trained on")
-
-
-def check(args, data):
-    """Fill in what depends on the data. Raises ValueError for settings that do not go together."""
-    if args.num_cls is None:
-        args.num_cls = len(data.classes)
+def fill_in(args, data):
+    """Defaults that depend on other settings. Raises ValueError for settings that exclude each other."""
+    args.num_cls = args.num_cls or len(data.classes)
     if args.num_cls != len(data.classes):
         raise ValueError(f"--num_cls {args.num_cls}: {args.dataset} has {len(data.classes)} classes")
-    if args.crop_scale[0] > args.crop_scale[1]:
-        raise ValueError(f"--crop_scale {args.crop_scale[0]:g} {args.crop_scale[1]:g}: the smaller share comes first")
-    if args.optimizer == "lbfgs":
-        if args.features != "cached":
-            raise ValueError("--optimizer lbfgs needs --features cached: it takes the same features in each step")
-        if args.lr is not None:
-            raise ValueError(f"--lr {args.lr:g}: lbfgs searches for its rate; leave --lr out")
-        args.batch_size = len(data.train_images)
-    elif args.lr is None:
+    cached = args.features == "cached"
+    for name, value in SGD.items():
+        if cached and getattr(args, name) is not None:
+            raise ValueError(f"--{name} is for --features augmented; L-BFGS does not use it")
+        if not cached and getattr(args, name) is None:
+            setattr(args, name, value)
+    if not cached and args.lr is None:
         args.lr = LR_PER_256 * args.batch_size / 256
+    if args.weight_decay is None:
+        args.weight_decay = CACHED_WEIGHT_DECAY if cached else 0.0
+    if cached and args.weight_decay == 0:
+        raise ValueError("--weight_decay 0: without a penalty L-BFGS does not converge")
 
 
-def start(args, device, heads, folder):
-    """Write what a new evaluation's folder has before the first step; folder None: a new one. Returns its RunWriter."""
-    made = folder is None
-    if made:
-        folder = new_run_folder(args.exp_dir, args.trial)
-    writer = RunWriter(folder, board=args.tensorboard)
-    try:
-        write_config(folder, vars(args), device)
-        if args.evaluate is None:
-            writer.write({EVALUATION_CHECKPOINT: evaluation_state(args, device, new_epoch(0, []), heads)}, 0)
-    except OSError:
-        if made:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return writer
+def make_classifier(args, backbone, device):
+    """The classifier, new or of --evaluate, and its optimizer, None for --features cached."""
+    torch.manual_seed(args.seed)
+    classifier = torch.nn.Linear(backbone.feature_dim, args.num_cls)
+    torch.nn.init.normal_(classifier.weight, std=0.01)
+    torch.nn.init.zeros_(classifier.bias)
+    if args.evaluate is not None:
+        weights = checkpoint.load(args.evaluate)
+        if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+            raise ValueError(f"{args.evaluate}: not a classifier")
+        try:
+            simsiam.load_tensors(classifier, weights)
+        except ValueError as error:
+            raise ValueError(f"{args.evaluate}: {str(error).split(';')[1]}") from error
+        beside = os.path.join(os.path.dirname(args.evaluate), RESULTS)
+        if os.path.exists(beside) and checkpoint.read_json(beside).get("backbone") != args.backbone:
+            warn(f"{args.evaluate} was trained on the features of another backbone than {args.pretrained}")
+    classifier.to(device)
+    if args.features == "cached":
+        return classifier, None
+    return classifier, torch.optim.SGD(classifier.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay,
+                                       fused=True)
+
+
+def set_up(parser, args, argv):
+    """Everything that can fail because of the user's input: settings, device, data, backbone, folder, state."""
+    if args.resume is not None and args.evaluate is not None:
+        raise ValueError("--evaluate trains nothing that could be resumed")
+    args, folder, state = find_run(parser, args, argv, EVALUATION, PARTS, MAY_CHANGE)
+    if args.pretrained is None:
+        raise ValueError("--pretrained CHECKPOINT is required: the backbone to evaluate")
+    device = select_device(args.gpu)
+    args.precision = select_precision(args.precision, device)
+    backbone = simsiam.load_backbone(
+        checkpoint.load(args.pretrained), args.arch, args.width, not args.quiet, args.pretrained).requires_grad_(False)
+    args.backbone = checkpoint.digest(backbone.state_dict())
+    if state is not None and state["backbone"] != args.backbone:
+        raise ValueError(f"--pretrained {args.pretrained}: not the backbone that {folder} evaluates")
+    data = load_dataset(args.dataset, args.data_root, device, args.train_size, args.test_size)
+    if state is None:
+        fill_in(args, data)
+    if args.fraction < 1:
+        chosen = balanced_subset(data.train_labels, args.fraction, args.seed)
+        data = data._replace(train_images=data.train_images[chosen.to(data.train_images.device)],
+                             train_labels=data.train_labels[chosen.to(device)])
+    classifier, optimizer = make_classifier(args, backbone, device)
+    if state is None:
+        state = {"epoch": 0}
+        files = evaluation_files(args, device, [], classifier, optimizer)
+        run = start_run("main_lincls.py", folder, args, device, files)
+    else:
+        restore(state, device, classifier=classifier.load_state_dict,
+                optimizer=optimizer.load_state_dict if optimizer else lambda none: None)
+        run = Run("main_lincls.py", folder, state["epoch"], args.tensorboard)
+        run.records = state["records"]  # also where the log is gone
+    backbone.to(device, memory_format=torch.channels_last)
+    return args, device, data, backbone, classifier, optimizer, run, state
 
 
 def main(argv=None):
@@ -429,59 +338,17 @@ def main(argv=None):
     args = parser.parse_args(argv)
     set_quiet(args.quiet)
     with parser.user_errors():
-        folder, state, typed = None, None, args.pretrained
-        if args.resume is not None:
-            if args.evaluate is not None:
-                raise ValueError("--evaluate trains nothing; there is nothing to --resume")
-            folder, state = find_resumed(EVALUATION, args.resume, args.exp_dir, args.trial)
-        if state is not None:
-            args = resumed_settings(EVALUATION, parser, argv, state["config"])
-            if state["epoch"] >= args.epochs and os.path.exists(os.path.join(folder, RESULTS)):
-                if typed is not None:
-                    check_backbone(state, typed, load_backbone(checkpoint.load(typed), args.arch, args.width, verbose=False, name=typed))
-                tell(f"{folder}: already done, epoch {state['epoch']} of {args.epochs}; the figures are in {RESULTS}")
-                return 0
-        elif args.resume is not None:
-            tell(f"nothing to resume in {args.exp_dir}: a new evaluation")
-        if args.pretrained is None:
-            raise ValueError("--pretrained CHECKPOINT is needed: the backbone to evaluate")
-        device = select_device(args.gpu)
-        args.precision = select_precision(args.precision, device)
-        if args.tensorboard:
-            require_tensorboard()
-        if device.type == "cpu":
-            prepare_cpu()
-        backbone = load_backbone(checkpoint.load(args.pretrained), args.arch, args.width, verbose=not args.quiet, name=args.pretrained).requires_grad_(False)
-        args.backbone = checkpoint.tensors_digest(backbone.state_dict())
-        if state is not None:
-            check_backbone(state, args.pretrained, backbone)
-        data = load_dataset(args.dataset, args.data_root, device, args.train_size, args.test_size)
-        check(args, data)
-        labeled = len(data.train_images)
-        if args.fraction < 1:
-            chosen = balanced_subset(data.train_labels, args.fraction, args.seed)
-            data = data._replace(
-                train_images=data.train_images[chosen.to(data.train_images.device)], train_labels=data.train_labels[chosen.to(device)]
-            )
-        heads = build_heads(args, backbone, device, state)
-        if state is None:
-            writer, state = start(args, device, heads, folder), new_epoch(0, [])
-        else:
-            writer = RunWriter(folder, state["epoch"], args.tensorboard)
-            check_unchanged(state)
-
-    work = f"classifier {args.evaluate}"
-    if args.evaluate is None:
-        work = f"{len(data.train_images)}{'' if args.fraction == 1 else f' of {labeled}'} pictures, {args.features} features"
-    say(f"{writer.folder}: {args.dataset}, {work}, {describe(device)}, {args.precision}")
-    warn_if_elsewhere(state, device)
+        args, device, data, *parts, run, state = set_up(parser, args, argv)
+    if args.resume and os.path.exists(run.path(RESULTS)):
+        say(f"{run.folder}: already finished, see {RESULTS}")
+        return 0
+    info(f"{run.folder}: {args.dataset}, {len(data.train_images)} images, {describe(device)}, {args.precision}")
     try:
         with StopRequest(args.max_minutes, begin) as stop:
-            return evaluate(args, device, data, backbone, heads, writer, state, stop)
+            return evaluate(args, device, data, *parts, run, state, stop)
     except (MemoryError, torch.OutOfMemoryError) as error:
-        reason = str(error).split(". ")[0]
-        return give_up(f"out of memory ({reason}); lower --batch_size", writer)
+        return run.fail(f"out of memory ({str(error).split('. ')[0]}); lower --batch_size")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

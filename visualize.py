@@ -1,188 +1,150 @@
-"""Figures of what a backbone's features know, without training anything:
+"""What a backbone's features know, without training anything:
 
     python visualize.py --pretrained experiments/1 data
     python visualize.py --pretrained CHECKPOINT --output figures data
 
---pretrained is the folder of a run of main.py, which then gets the figures, or any checkpoint that main_lincls.py takes.
-What comes out: the nearest training pictures of a dozen test pictures; maps of the test features by their principal
-components, and by t-SNE where scikit-learn is installed; the confusion of classes by kNN; the spectrum of the
-features' covariance; how near two views and two pictures are. The numbers are in features.json. Where the run was
-started with --untrained, its untrained network is shown beside it. At width 16: 6 minutes on one slow CPU core.
+The folder of a run of main.py gets the figures, or --output for any checkpoint: neighbors.png (nearest training images
+of a dozen test images), map.png (test features in two dimensions, by t-SNE where scikit-learn is installed, else by
+principal components), knn-confusion.png, spectrum.png. features.json has kNN accuracies, alignment, uniformity and
+effective rank, of the initial weights too if the run was started with --untrained. Width 16: minutes on a CPU.
 """
 import os
-from typing import NamedTuple
 
-from utils.cpu import prepare_cpu  # before torch
+import utils  # noqa: F401 (before torch)
 
+import numpy
 import torch
 import torch.nn.functional as F
+from matplotlib import colormaps
 
-from simsiam import ARCHS, load_backbone
-from utils import checkpoint, log
+import simsiam
+from utils import checkpoint
 from utils.augment import MEAN, STD, apply_two_views, denormalize, draw_views, epoch_generator
-from utils.cli import Parser, add_normalization, run, whole_number
+from utils.cli import Parser, add_data_options, add_device_options, add_normalization, info, run_script, set_quiet
 from utils.data import DATASETS, load_dataset
 from utils.device import autocast, select_device, select_precision
-from utils.features import extract_features
-from utils.knn import K, TEMPERATURE, nearest, vote
-from utils.metrics import alignment, confusion_matrix, effective_rank, principal_components, spectrum, uniformity
-from utils.plot_features import NEIGHBORS, QUERIES, plot_confusion, plot_distances, plot_map, plot_neighbors, plot_spectrum
-from utils.progress import say, set_quiet
-from utils.report import FEATURES, REPORT, write_report
-from utils.run import BACKBONE, CONFIG, UNTRAINED
-from utils.runs import read_settings
-from utils.style import make_folder
+from utils.knn import K, TEMPERATURE, accuracy, extract_features, nearest, vote
+from utils.metrics import alignment, confusion_matrix, effective_rank, spectrum, uniformity
+from utils.plot import COLORS, figure, plot_confusion
+from utils.report import write_report
+from utils.run import BACKBONE, CONFIG, UNTRAINED, read_config
 
-SOME_PAIRS = 100_000  # of pictures, for the distribution of their distances
+QUERIES, NEIGHBORS = 12, 6  # of neighbors.png
 
 
 def make_parser():
     parser = Parser(prog="visualize.py", description=__doc__)
-    source = parser.add_argument_group("backbone")
-    source.add_argument("--pretrained", required=True, metavar="FOLDER|CHECKPOINT", help="a run's folder, its backbone.pt or checkpoint.pt, or a checkpoint of other code")
-    source.add_argument("--arch", choices=ARCHS, help="backbone (default: the run's, else resnet18)")
-    add_normalization(source, MEAN, STD)
-
-    data = parser.add_argument_group("data")
-    data.add_argument("data_root", nargs="?", metavar="DIR", help="folder that has, or gets, cifar-10-batches-py (default: the run's, else data)")
-    data.add_argument("--dataset", choices=DATASETS, help="default: the run's, else cifar10")
-    data.add_argument("--train_size", type=whole_number(1), metavar="N", help="the first N training pictures only (default: the run's, else all)")
-    data.add_argument("--test_size", type=whole_number(2), metavar="N", help="the first N test pictures only (default: the run's, else all)")
-
-    device = parser.add_argument_group("device")
-    device.add_argument("--gpu", type=int, metavar="N", help="number of the CUDA GPU (default: the first one, else the CPU)")
-    device.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the backbone's arithmetic")
-
-    output = parser.add_argument_group("output")
-    output.add_argument("--output", metavar="DIR", help="where the figures go (default: the run's folder)")
-    output.add_argument("--quiet", action="store_true", help="no progress and no figures in words: warnings and errors only")
+    parser.add_argument("--pretrained", required=True, metavar="FOLDER|CHECKPOINT", help="a run's folder or a checkpoint")
+    parser.add_argument("--arch", choices=simsiam.ARCHS, default="resnet18", help="backbone")
+    parser.add_argument("--output", metavar="DIR", help="folder for the figures (default: the run's)")
+    add_normalization(parser, MEAN, STD)
+    add_data_options(parser, DATASETS)
+    add_device_options(parser)
+    parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     return parser
 
 
-def fill_in(args):
-    """What is not typed, from the run's folder if it is one. Returns the paths of the backbones to look at, by name, the first
-    the one that it is about. Raises ValueError and OSError."""
-    settings, files = {}, {"backbone": args.pretrained}
-    if os.path.isdir(args.pretrained):
-        folder = args.pretrained
-        settings, files = read_settings(folder), {"trained": os.path.join(folder, BACKBONE)}
-        if not os.path.exists(files["trained"]):
-            raise FileNotFoundError(f"{folder}: no {BACKBONE} in it; the folder of a run of main.py is needed, or a checkpoint")
-        untrained = os.path.join(folder, UNTRAINED)
-        if os.path.exists(untrained):
-            files["untrained"] = untrained
-        args.output = args.output or folder
-    elif args.output is None:
-        raise ValueError("--output DIR is needed where --pretrained is a file and not a run's folder")
-    for name, usual in (("arch", "resnet18"), ("data_root", "data"), ("dataset", "cifar10"), ("train_size", None), ("test_size", None)):
-        if getattr(args, name) is None:
-            setattr(args, name, settings.get(name, usual))
-    return files
+def find_files(parser, args, argv):
+    """The settings, with those of the run as defaults if --pretrained is its folder, and the checkpoints by name."""
+    if not os.path.isdir(args.pretrained):
+        if args.output is None:
+            raise ValueError("--output DIR is required if --pretrained is a file")
+        return args, {"trained": args.pretrained}
+    settings = read_config(args.pretrained)["settings"]
+    names = ("arch", "dataset", "data_root", "train_size", "test_size")
+    parser.set_defaults(output=args.pretrained, **{name: settings[name] for name in names})
+    files = {"trained": BACKBONE, "untrained": UNTRAINED}
+    files = {name: os.path.join(args.pretrained, file) for name, file in files.items()}
+    return parser.parse_args(argv), {name: path for name, path in files.items() if os.path.exists(path)}
 
 
-# ---------------------------------------------------------------------------------------------------
-# The features, and what is measured of them
-
-
-def features_of(backbone, data, args, device, precision_context):
-    """The features of the training and of the test pictures, and those of two views of each test picture, drawn as in
-    pre-training: four float32 [N, feature_dim]."""
+def measure(backbone, data, args, device):
+    """Numbers of the features of one backbone for features.json, the spectrum, l2-normalized test features [N, D], and
+    what kNN finds: similarities and bank indices [N, k], and the predicted classes [N]."""
     def features(images):
-        return extract_features(backbone, images, precision_context, args.mean, args.std)
+        return extract_features(backbone, images, autocast(device, args.precision), args.mean, args.std)
 
     generator = epoch_generator(0, 0, device)
     size, shape = len(data.test_images), data.test_images.shape[2:]
-    draws = draw_views(size, generator, *shape), draw_views(size, generator, *shape)
-    views = [
-        [denormalize(views) for views in apply_two_views(data.test_images[rows].to(device), *(of_view.rows(rows) for of_view in draws))]
-        for rows in torch.arange(size).split(500)
-    ]
-    return features(data.train_images), features(data.test_images), *(features(torch.cat(of_view)) for of_view in zip(*views))
-
-
-class Neighbors(NamedTuple):
-    """What kNN finds for N test pictures."""
-
-    similarities: torch.Tensor  # [N, K]: cosine similarities of the nearest training pictures
-    indices: torch.Tensor       # int64 [N, K]: which they are
-    nearest: torch.Tensor       # int64 [N]: the class by k = 1
-    voted: torch.Tensor         # int64 [N]: the class by k = K
-
-
-def find_neighbors(bank, queries, data):
-    found = list(nearest(queries, bank, min(K, len(bank))))
-    similarities, indices = (torch.cat(part) for part in zip(*found))
+    draws = [draw_views(size, generator, *shape) for _ in range(2)]
+    views = [apply_two_views(data.test_images[rows].to(device), *(view.rows(rows) for view in draws))
+             for rows in torch.arange(size).split(500)]
+    views = [features(denormalize(torch.cat(of_all))) for of_all in zip(*views)]
+    bank, queries = features(data.train_images), features(data.test_images)
+    similarities, indices = (torch.cat(part) for part in zip(*nearest(queries, bank, min(K, len(bank)))))
     neighbors = data.train_labels[indices]
-    voted = torch.cat([
-        vote(*chunk, TEMPERATURE, len(data.classes)) for chunk in zip(similarities.split(500), neighbors.split(500))
-    ])
-    return Neighbors(similarities, indices, neighbors[:, 0], voted)
-
-
-def measure(neighbors, unit, views, eigenvalues, data):
-    """The numbers of one backbone's features. unit: of the test pictures, l2-normalized."""
-    return {
-        "knn1": 100 * (neighbors.nearest == data.test_labels).double().mean().item(),
-        "knn200": 100 * (neighbors.voted == data.test_labels).double().mean().item(),
-        "alignment": alignment(*views),
-        "uniformity": uniformity(unit),
-        "effective_rank": effective_rank(eigenvalues),
+    predicted = vote(similarities, neighbors, TEMPERATURE, len(data.classes))
+    unit = F.normalize(queries, dim=1)
+    eigenvalues = spectrum(unit)
+    numbers = {
+        "knn1": accuracy(neighbors[:, 0], data.test_labels), "knn200": accuracy(predicted, data.test_labels),
+        "alignment": alignment(*views), "uniformity": uniformity(unit), "effective_rank": effective_rank(eigenvalues),
         "feature_dim": unit.shape[1],
     }
+    return numbers, eigenvalues, unit, similarities, indices, predicted
 
 
-def distances(unit, views):
-    """Distances of l2-normalized features: of the two views of each picture, and of SOME_PAIRS random pairs of pictures."""
-    first, second = (F.normalize(one, dim=1) for one in views)
-    generator = torch.Generator().manual_seed(0)
-    i = torch.randint(len(unit), (SOME_PAIRS,), generator=generator)
-    j = (i + torch.randint(1, len(unit), (SOME_PAIRS,), generator=generator)) % len(unit)  # never itself
-    i, j = i.to(unit.device), j.to(unit.device)
-    return (first - second).norm(dim=1).cpu(), (unit[i] - unit[j]).norm(dim=1).cpu()
+def plot_neighbors(folder, data, similarities, indices):
+    """Draw neighbors.png: QUERIES test images, class by class the first in file order, and their nearest training
+    images with the similarity, or dashed and with its name if the class is another."""
+    by_class = [(data.test_labels == label).nonzero()[:, 0].tolist() for label in range(len(data.classes))]
+    chosen = [members[turn] for turn in range(QUERIES) for members in by_class if turn < len(members)][:QUERIES]
+    with figure(folder, "neighbors", 8.2, 4.2, layout="tight") as drawing:
+        grid = drawing.subplots(-(-len(chosen) // 2), 2 * (NEIGHBORS + 1), squeeze=False,
+                                subplot_kw={"xticks": [], "yticks": []})
+        for axes in grid.flat:
+            axes.set_axis_off()
+        for i, query in enumerate(sorted(chosen, key=lambda query: int(data.test_labels[query]))):
+            row = grid.reshape(-1, NEIGHBORS + 1)[i]
+            images = [(data.test_images[query], data.test_labels[query], None)]
+            images += [(data.train_images[j], data.train_labels[j], s) for j, s in
+                       zip(indices[query, :NEIGHBORS].tolist(), similarities[query].tolist())]
+            for axes, (image, label, similarity) in zip(row, images):
+                same = label == data.test_labels[query]
+                axes.set_axis_on()
+                axes.grid(False)
+                axes.imshow(image.permute(1, 2, 0).cpu().numpy())
+                axes.spines[:].set(visible=similarity is not None, linewidth=1.8, color=COLORS[0 if same else 1],
+                                   linestyle="-" if same else "--")
+                words = f"{similarity:.2f}" if similarity is not None and same else data.classes[label][:10]
+                axes.set_xlabel(words, fontsize=6, labelpad=2)
 
 
-def dozen(labels, num_classes):
-    """Indices of a dozen pictures that nobody chose: the first of each class in turn, then the second ones and so on."""
-    by_class = [(labels == number).nonzero()[:, 0].tolist() for number in range(num_classes)]
-    turns = [members[turn] for turn in range(QUERIES) for members in by_class if turn < len(members)]
-    return sorted(turns[:QUERIES], key=lambda index: labels[index])
-
-
-# ---------------------------------------------------------------------------------------------------
-# The figures
-
-
-def draw(args, data, neighbors, unit):
-    """The figures of the first backbone alone: neighbors, confusion, maps."""
-    chosen = torch.tensor(dozen(data.test_labels.cpu(), len(data.classes)))
-    near = neighbors.indices.cpu()[chosen, :NEIGHBORS]
-    plot_neighbors(
-        args.output, data.test_images.cpu()[chosen], data.test_labels.cpu()[chosen].tolist(), data.train_images.cpu()[near],
-        data.train_labels.cpu()[near], neighbors.similarities.cpu()[chosen, :NEIGHBORS], data.classes,
-    )
-    plot_confusion(args.output, confusion_matrix(neighbors.voted, data.test_labels, len(data.classes)), data.classes, "knn-confusion")
-    points, shares = principal_components(unit)
-    plot_map(
-        args.output, "map-pca", points, data.test_labels.cpu(), data.classes, f"{len(points):,} test pictures, principal components",
-        *(f"component {i + 1}: {100 * share:.0f} % of the variance" for i, share in enumerate(shares.tolist())),
-    )
-    draw_tsne(args, data, unit)
-
-
-def draw_tsne(args, data, unit):
-    """map-tsne, where scikit-learn is installed; a line where it is not."""
+def plot_map(folder, unit, labels, classes):
+    """Draw map.png: the test features [N, D] in two dimensions, colored by class."""
     try:
         from sklearn.manifold import TSNE
+        points = TSNE(perplexity=min(30, (len(unit) - 1) / 3), init="pca", random_state=0).fit_transform(unit.numpy())
+        method = "t-SNE"
     except ImportError:
-        say("map-tsne is left out: it needs the package scikit-learn (pip install scikit-learn)")
-        return
-    if len(unit) < 8:
-        say(f"map-tsne is left out: {len(unit)} test pictures are too few")
-        return
-    perplexity = min(30, (len(unit) - 1) / 3)
-    say(f"t-SNE of {len(unit):,} test pictures")
-    points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(unit.cpu().numpy())
-    plot_map(args.output, "map-tsne", points, data.test_labels.cpu(), data.classes, f"{len(points):,} test pictures, t-SNE, perplexity {perplexity:g}")
+        centered = unit.double() - unit.double().mean(dim=0)
+        points, method = (centered @ torch.linalg.eigh(centered.T @ centered)[1][:, -2:]).numpy(), "principal components"
+        info("map.png shows principal components; for t-SNE install scikit-learn")
+    colors = colormaps["tab10" if len(classes) <= 10 else "turbo"](numpy.linspace(0, 1, len(classes)))
+    with figure(folder, "map", 4.2, 3.6) as drawing:
+        axes = drawing.subplots()
+        order = numpy.random.default_rng(0).permutation(len(points))  # no class on top
+        axes.scatter(*points[order].T, s=min(12, max(1.5, 2e4 / len(points))), c=colors[labels.numpy()[order]],
+                     linewidths=0, alpha=0.7)
+        for label in labels.unique().tolist() if len(classes) <= 20 else ():
+            center = numpy.median(points[labels.numpy() == label], axis=0)
+            axes.annotate(classes[label], center, ha="center", va="center", fontsize=7,
+                          bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": colors[label]})
+        axes.set(title=f"{len(points):,} test images, {method}", xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+
+
+def plot_spectrum(folder, spectra, numbers):
+    """Draw spectrum.png: eigenvalues [D] of each network, divided by their sum."""
+    with figure(folder, "spectrum") as drawing:
+        axes = drawing.subplots()
+        for color, (name, values) in zip(COLORS, spectra.items()):
+            shares = (values / values.sum()).numpy()
+            axes.plot(numpy.arange(1, len(shares) + 1)[shares > 1e-12], shares[shares > 1e-12], color=color,
+                      label=f"{name}: {numbers[name]['effective_rank']:.1f} of {len(shares)}")
+        axes.set(yscale="log", xlabel="dimension", ylabel="share of the variance",
+                 title="spectrum of the features' covariance")
+        axes.legend(title="effective rank")
 
 
 def main(argv=None):
@@ -190,42 +152,28 @@ def main(argv=None):
     args = parser.parse_args(argv)
     set_quiet(args.quiet)
     with parser.user_errors():
-        files = fill_in(args)
+        args, files = find_files(parser, args, argv)
         device = select_device(args.gpu)
-        precision_context = autocast(device, select_precision(args.precision, device))
-        if device.type == "cpu":
-            prepare_cpu()
-        backbones = {
-            name: load_backbone(checkpoint.load(path), args.arch, name=path, verbose=not args.quiet) for name, path in files.items()
-        }
+        args.precision = select_precision(args.precision, device)
         data = load_dataset(args.dataset, args.data_root, device, args.train_size, args.test_size)
-        if len(data.test_images) < 2:
-            raise ValueError(f"{len(data.test_images)} test pictures: at least 2 are needed")
-        make_folder(args.output)
-
-        numbers, spectra, of_pairs = {}, {}, {}
-        for i, (name, backbone) in enumerate(backbones.items()):
+        os.makedirs(args.output, exist_ok=True)
+        numbers, spectra = {}, {}
+        for name, path in files.items():
+            backbone = simsiam.load_backbone(checkpoint.load(path), args.arch, verbose=not args.quiet, name=path)
             backbone.to(device, memory_format=torch.channels_last)
-            bank, queries, *views = features_of(backbone, data, args, device, precision_context)
-            neighbors, unit = find_neighbors(bank, queries, data), F.normalize(queries, dim=1)
-            spectra[name], of_pairs[name] = spectrum(unit), distances(unit, views)
-            numbers[name] = measure(neighbors, unit, views, spectra[name], data)
-            say(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in numbers[name].items()))
-            if i == 0:
-                draw(args, data, neighbors, unit)
-        plot_spectrum(args.output, spectra, {name: of_one["effective_rank"] for name, of_one in numbers.items()})
-        plot_distances(args.output, of_pairs, {
-            name: f"{name}: alignment {of_one['alignment']:.3f}, uniformity {of_one['uniformity']:.2f}".replace("-", "−")
-            for name, of_one in numbers.items()
-        })
-        log.write_json(
-            os.path.join(args.output, FEATURES), {"test_pictures": len(data.test_images), "bank": len(data.train_images), **numbers}
-        )
+            numbers[name], spectra[name], unit, similarities, indices, predicted = measure(backbone, data, args, device)
+            info(f"{name}: {', '.join(f'{key} {value:.4g}' for key, value in numbers[name].items())}")
+            if name == "trained":
+                plot_neighbors(args.output, data, similarities, indices)
+                plot_map(args.output, unit.cpu(), data.test_labels.cpu(), data.classes)
+                confusion = confusion_matrix(predicted, data.test_labels, len(data.classes))
+                plot_confusion(args.output, confusion, data.classes, "knn-confusion")
+        plot_spectrum(args.output, spectra, numbers)
+        checkpoint.write_json(os.path.join(args.output, "features.json"), numbers)
         if os.path.exists(os.path.join(args.output, CONFIG)):
             write_report(args.output)
-            say(f"figures and all else on one page: {os.path.join(args.output, REPORT)}")
-    return 0
+        info(f"{args.output}: neighbors.png, map.png, knn-confusion.png, spectrum.png, features.json")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

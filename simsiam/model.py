@@ -1,8 +1,10 @@
 """SimSiam: one backbone and projector for both views, a predictor, and the stop-gradient (paper, Sec. 3)."""
 from torch import nn
 
-# Whether a batch norm follows the projector's hidden layers and its output, the predictor's hidden layer and its
-# output; the rows of the paper's Table 3.
+PREDICTORS = ("learned", "fixed", "none")  # Sec. 4.2, Table 1
+
+# Whether a batch norm follows the projector's hidden layers, its output, the predictor's hidden layer, its output:
+# the rows of Table 3.
 HEAD_BN = {
     "none": (False, False, False, False),
     "hidden": (True, False, True, False),
@@ -12,8 +14,10 @@ HEAD_BN = {
 
 
 def make_head(dims, hidden_bn, output_bn):
-    """An MLP from dims[0] to dims[-1] numbers: Linear-BN-ReLU for every layer but the last, which is Linear-BN without
-    affine; each batch norm if so asked. A linear layer has a bias where no batch norm follows it."""
+    """An MLP with layer sizes `dims`: Linear-BN-ReLU for hidden layers, Linear-BN without affine for the output.
+
+    A linear layer has a bias only where no batch norm follows.
+    """
     layers = []
     for i, (in_dim, out_dim) in enumerate(zip(dims, dims[1:])):
         last = i == len(dims) - 2
@@ -27,30 +31,39 @@ def make_head(dims, hidden_bn, output_bn):
 
 
 class SimSiam(nn.Module):
-    """Backbone, projector and predictor, held as separate attributes.
+    """Backbone, projector and predictor as separate attributes.
 
-    backbone: a module [B, 3, H, W] -> [B, backbone.feature_dim]; dim: width of z and p;
-    pred_dim: the predictor's bottleneck; num_proj_layers: 2 on CIFAR (appendix D), 3 on ImageNet;
-    head_bn: which batch norms the heads have, a key of HEAD_BN.
+    backbone: module [B, 3, H, W] -> [B, backbone.feature_dim]. dim: size of z and p. pred_dim: the predictor's
+    bottleneck. num_proj_layers: 2 on CIFAR (appendix D), 3 on ImageNet.
+
+    The rest are the variants of Sec. 4, all with the same initial weights. head_bn: a key of HEAD_BN. predictor:
+    'fixed' keeps the initial weights, 'none' makes p equal z. stop_gradient: False lets gradients into the targets.
     """
 
-    def __init__(self, backbone, dim=2048, pred_dim=512, num_proj_layers=2, head_bn="default"):
+    def __init__(self, backbone, dim=2048, pred_dim=512, num_proj_layers=2, head_bn="default", predictor="learned",
+                 stop_gradient=True):
         super().__init__()
         if num_proj_layers < 1:
-            raise ValueError(f"num_proj_layers is {num_proj_layers}, at least 1 is needed")
+            raise ValueError(f"num_proj_layers must be at least 1, not {num_proj_layers}")
         bn = HEAD_BN[head_bn]
         self.backbone = backbone
         self.projector = make_head([backbone.feature_dim] + num_proj_layers * [dim], *bn[:2])
         self.predictor = make_head([dim, pred_dim, dim], *bn[2:])
+        self.stop_gradient = stop_gradient
+        if predictor == "fixed":
+            self.predictor.requires_grad_(False)
+        elif predictor == "none":
+            self.predictor = nn.Identity()
 
     def forward(self, x1, x2):
-        """Two views of the same images, [B, 3, H, W] each -> p1, p2, z1, z2, each [B, dim].
+        """Two views of the same images, [B, 3, H, W] each -> p1, p2, z1, z2, [B, dim] each.
 
-        The views go through the network one after the other, so that each is normalized by its
-        own batch statistics.
+        The views pass through the network one after the other, so each has its own batch statistics.
         """
         z1 = self.projector(self.backbone(x1))  # [B, dim]
         z2 = self.projector(self.backbone(x2))
         p1 = self.predictor(z1)
         p2 = self.predictor(z2)
-        return p1, p2, z1.detach(), z2.detach()  # the stop-gradient: no gradient reaches a target
+        if not self.stop_gradient:
+            return p1, p2, z1, z2
+        return p1, p2, z1.detach(), z2.detach()  # the stop-gradient

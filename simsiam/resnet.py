@@ -13,7 +13,7 @@ def conv_bn(in_channels, out_channels, kernel_size, stride=1):
 
 
 def shortcut(in_channels, out_channels, stride):
-    """The projection of a residual block whose output differs in shape from its input, else None."""
+    """The projection of a residual block whose output differs in shape from its input; None if it does not."""
     if stride == 1 and in_channels == out_channels:
         return None
     return nn.Sequential(*conv_bn(in_channels, out_channels, 1, stride))
@@ -39,7 +39,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions with the stride on the 3x3, as torchvision has it (ResNet-50)."""
+    """1x1, 3x3, 1x1 convolutions with the stride on the 3x3, as in torchvision (ResNet-50)."""
 
     expansion = 4
 
@@ -63,12 +63,12 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """A CIFAR ResNet: normalized images [B, 3, H, W], any H, W >= 8 -> features [B, feature_dim].
 
-    The four stages have width, 2*width, 4*width and 8*width channels at full, half, quarter and
-    eighth resolution; global average pooling ends it. Convolutions start from He's normal
-    distribution (fan out), batch norms from weight 1 and bias 0, as in torchvision.
+    The four stages have width, 2, 4 and 8 times width channels at full, half, quarter and eighth resolution, followed
+    by global average pooling. Initialized as torchvision's: convolutions by He's normal distribution (fan out), batch
+    norms with weight 1 and bias 0.
     """
 
-    stem_relu = True  # some code for CIFAR leaves it out; simsiam.weights then sets it so
+    stem_relu = True  # simsiam.weights clears it for checkpoints of code that has no ReLU after the stem
 
     def __init__(self, block, depths, width=64):
         super().__init__()

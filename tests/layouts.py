@@ -1,15 +1,16 @@
-"""Checkpoints as other SimSiam code writes them, from the key layouts that it publishes, and what their networks compute."""
+"""Checkpoints of other SimSiam code, by the tensor names that it publishes: each layout is a function that returns the
+network and the content of its file."""
 import torch
 import torchvision
 
 
-def reference(arch="resnet18", stem_padding=1, fc=None):
-    """torchvision's ResNet with a CIFAR stem, its batch norms in the state of a trained network's."""
+def reference(arch="resnet18", stem_padding=1):
+    """torchvision's ResNet with a CIFAR stem and batch norms like those of a trained network."""
     torch.manual_seed(0)
     model = getattr(torchvision.models, arch)()
     model.conv1 = torch.nn.Conv2d(3, 64, 3, 1, stem_padding, bias=False)
     model.maxpool = torch.nn.Identity()
-    model.fc = torch.nn.Identity() if fc is None else fc
+    model.fc = torch.nn.Identity()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.normal_(module.running_mean, std=0.1)
@@ -24,95 +25,74 @@ def under(prefix, tensors):
 
 
 def with_shortcuts(tensors):
-    """The names of kuangliu's ResNets, which the scripts for CIFAR take over."""
+    """The names of kuangliu's ResNets, which much code for CIFAR has copied."""
     return {name.replace("downsample", "shortcut"): value for name, value in tensors.items()}
 
 
-def mlp(*layers):
-    """Linear layers and batch norms, layer1.0, layer1.1, ... as the scripts name them."""
-    return {
-        f"{layer}.{name}": value for layer in layers
-        for name, value in torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8)).state_dict().items()
-    }
+def numbered(tensors, *numbers):
+    """The names in an nn.Sequential of the network's children, given their numbers."""
+    places = dict(zip(("conv1", "bn1", "layer1", "layer2", "layer3", "layer4"), numbers))
+    parts = {name: name.split(".", 1) for name in tensors}
+    return {f"{places[child]}.{rest}": tensors[name] for name, (child, rest) in parts.items()}
 
 
-def numbered(tensors, places):
-    """The names in an nn.Sequential of the network's children: places are their numbers."""
-    return {
-        ".".join((str(places[name.split(".")[0]]), *name.split(".")[1:])): value for name, value in tensors.items()
-    }
-
-
-CHILDREN = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
+def mlp(*prefixes):
+    """A linear layer and its batch norm under each prefix."""
+    layer = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8)).state_dict()
+    return {f"{prefix}.{name}": value for prefix in prefixes for name, value in layer.items()}
 
 
 def reza_safdari():
     model = reference()
     own = with_shortcuts(model.state_dict())
-    names = {
-        **under("backbone.", own), **under("projector.", mlp("layer1", "layer2", "layer3")), **under("encoder.0.", own),
-        **under("encoder.1.", mlp("layer1", "layer2", "layer3")), **under("predictor.", mlp("layer1")),
-    }
+    heads = mlp(*(f"{head}.layer{i}" for head in ("projector", "encoder.1") for i in (1, 2, 3)), "predictor.layer1")
+    names = under("backbone.", own) | under("encoder.0.", own) | heads
     return model, {"epoch": 800, "arch": "resnet18", "state_dict": names, "optimizer": {"state": {}}, "top1_acc": 86.5}
 
 
 def patrick_hua():
     model = reference()
-    names = {
-        **under("backbone.", model.state_dict()), **under("projector.", mlp("layer1", "layer3")), **under("encoder.0.", model.state_dict()),
-        **under("encoder.1.", mlp("layer1", "layer3")), **under("predictor.", mlp("layer1")),
-    }
+    heads = mlp(*(f"{head}.layer{i}" for head in ("projector", "encoder.1") for i in (1, 3)), "predictor.layer1")
+    names = under("backbone.", model.state_dict()) | under("encoder.0.", model.state_dict()) | heads
     return model, {"epoch": 800, "state_dict": under("module.", names)}
 
 
 def patrick_hua_early():
-    """Its first version: the encoder is a Sequential of torchvision's children and the projector."""
+    """The first version: the encoder is a Sequential of torchvision's children and the projector."""
     model = reference()
-    places = dict(zip(CHILDREN, (0, 1, 4, 5, 6, 7)))
-    names = {**under("encoder.", numbered(model.state_dict(), places)), **under("encoder.9.", mlp("layer1")), **under("predictor.", mlp("layer1"))}
-    return model, {"epoch": 100, "state_dict": names}
+    names = numbered(model.state_dict(), 0, 1, 4, 5, 6, 7) | mlp("9.layer1")
+    return model, {"epoch": 100, "state_dict": under("encoder.", names) | mlp("predictor.layer1")}
 
 
-def lightly():
-    """The benchmark: a Sequential of the children of lightly's own ResNet, and an average pooling. The ReLU after the stem
-    is no child there: it is called in the forward method, and so the Sequential is without."""
+def lightly(benchmark=True):
+    """The benchmark's backbone is a Sequential of the children of lightly's own ResNet, which calls the ReLU after the
+    stem in its forward method: the Sequential has none. Otherwise the backbone is torchvision's."""
     model = reference()
-    model.relu = torch.nn.Identity()
-    names = numbered(with_shortcuts(model.state_dict()), dict(zip(CHILDREN, range(6))))
-    heads = {**under("projection_head.", mlp("layers.0")), **under("prediction_head.", mlp("layers.0"))}
-    return model, {"epoch": 800, "pytorch-lightning_version": "1.5.10", "state_dict": {**under("backbone.", names), **heads}}
+    own = model.state_dict()
+    if benchmark:
+        model.relu = torch.nn.Identity()
+        own = numbered(with_shortcuts(own), *range(6))
+    names = under("backbone.", own) | mlp("projection_head.layers.0", "prediction_head.layers.0")
+    return model, {"epoch": 800, "pytorch-lightning_version": "1.5.10", "state_dict": names}
 
 
-def lightly_torchvision():
-    model = reference()
-    heads = {**under("projection_head.", mlp("layers.0")), **under("prediction_head.", mlp("layers.0"))}
-    return model, {"epoch": 800, "pytorch-lightning_version": "2.1", "state_dict": {**under("backbone.", model.state_dict()), **heads}}
-
-
-def solo_learn(prefix="backbone."):
-    model = reference(stem_padding=2)
-    heads = {**under("classifier.", mlp("0")), **under("projector.", mlp("0")), **under("predictor.", mlp("0"))}
-    return model, {"epoch": 1000, "pytorch-lightning_version": "1.6", "state_dict": {**under(prefix, model.state_dict()), **heads}}
-
-
-def solo_learn_early():
-    return solo_learn("encoder.")
+def solo_learn(prefix="backbone.", lightning=True):
+    """Without Lightning's version beside it, it could be anyone's state dict: the stem stays as it is here."""
+    model = reference(stem_padding=2 if lightning else 1)
+    names = under(prefix, model.state_dict()) | mlp("classifier.0", "projector.0", "predictor.0")
+    return model, {"pytorch-lightning_version": "1.6", "state_dict": names} if lightning else names
 
 
 def facebookresearch():
-    """With a CIFAR stem, as its forks have; the projector sits inside fc."""
+    """With the CIFAR stem of its forks; the projector is the encoder's fc."""
     model = reference()
-    names = {
-        **under("encoder.", model.state_dict()), **under("encoder.fc.", mlp("0", "3", "6")), **under("predictor.", mlp("0")),
-    }
+    names = under("encoder.", model.state_dict()) | mlp("encoder.fc.0", "encoder.fc.3", "encoder.fc.6", "predictor.0")
     return model, {"epoch": 100, "arch": "resnet18", "state_dict": under("module.", names), "optimizer": {"state": {}}}
 
 
 def torchvision_downsample():
-    model = reference(fc=torch.nn.Linear(512, 10))
-    tensors = {name: value.clone() for name, value in model.state_dict().items()}
-    model.fc = torch.nn.Identity()
-    return model, tensors
+    model = reference()
+    return model, model.state_dict() | under("fc.", torch.nn.Linear(512, 10).state_dict())
 
 
 def bare_shortcut():
@@ -120,9 +100,17 @@ def bare_shortcut():
     return model, under("_orig_mod.", with_shortcuts(model.state_dict()))
 
 
-LAYOUTS = {
-    reza_safdari: "Reza-Safdari", patrick_hua: "PatrickHua", patrick_hua_early: "encoder.", lightly: "lightly",
-    lightly_torchvision: "lightly", solo_learn: "solo-learn", solo_learn_early: "solo-learn",
-    facebookresearch: "facebookresearch", torchvision_downsample: "the state dict of a CIFAR ResNet",
-    bare_shortcut: "the state dict of a CIFAR ResNet",
+IMAGENET = "0.485 0.456 0.406 and std 0.229 0.224 0.225"
+LAYOUTS = {  # the function, and what load_backbone prints of it: whose it is, and what differs there
+    "Reza-Safdari": (reza_safdari, "Reza-Safdari", "0.4914 0.4822 0.4465 and std 0.2023 0.1994 0.2010"),
+    "PatrickHua": (patrick_hua, "PatrickHua", IMAGENET),
+    "PatrickHua, early": (patrick_hua_early, "encoder."),
+    "lightly, benchmark": (lightly, "lightly", IMAGENET, "no ReLU"),
+    "lightly": (lambda: lightly(benchmark=False), "lightly", IMAGENET),
+    "solo-learn": (solo_learn, "solo-learn", "padded by 2"),
+    "solo-learn, early": (lambda: solo_learn("encoder."), "solo-learn", "padded by 2"),
+    "solo-learn, state dict": (lambda: solo_learn(lightning=False), "solo-learn", "pads by 2"),
+    "facebookresearch": (facebookresearch, "facebookresearch", IMAGENET),
+    "torchvision": (torchvision_downsample, "state dict of a CIFAR ResNet"),
+    "kuangliu": (bare_shortcut, "state dict of a CIFAR ResNet"),
 }

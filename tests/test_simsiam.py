@@ -1,77 +1,95 @@
-"""Backbone, heads and loss against torchvision, the paper's counts and written-out forms."""
+"""Backbone, heads, losses and variants against torchvision, the paper's counts and written-out forms."""
+import math
+
 import pytest
 import torch
 import torchvision
+from torch import nn
 
 import simsiam
+
+VIEWS = torch.randn(2, 16, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def variant(**options):
+    torch.manual_seed(0)
+    return simsiam.SimSiam(simsiam.resnet18(4), 32, 16, **options)
 
 
 def count(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def test_resnet18_has_the_papers_number_of_parameters():
-    backbone = simsiam.resnet18()
-    assert count(backbone) == 11_168_832
-    assert count(backbone) + count(torch.nn.Linear(backbone.feature_dim, 10)) == 11_173_962
+def gradients(model, loss=simsiam.simsiam_loss):
+    model.zero_grad()
+    loss(*model(*VIEWS)).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50"])
-def test_equals_torchvision_with_a_cifar_stem(arch):
+def assert_same_gradients(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-6, msg=lambda text: f"{name}: {text}")
+    assert max(gradient.abs().max() for gradient in first.values()) > 1e-3
+
+
+@pytest.mark.parametrize("arch", simsiam.ARCHS)
+def test_resnets_match_torchvision_with_a_cifar_stem(arch):
     torch.manual_seed(0)
-    backbone = getattr(simsiam, arch)()
-    reference = getattr(torchvision.models, arch)()
-    reference.conv1 = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False)
-    reference.maxpool = torch.nn.Identity()
-    reference.fc = torch.nn.Identity()
+    backbone, reference = simsiam.ARCHS[arch](), getattr(torchvision.models, arch)()
+    reference.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    reference.maxpool = reference.fc = nn.Identity()
+    for name in ("layer1.0.conv1.weight", "layer4.1.conv2.weight", "layer3.0.downsample.0.weight"):
+        initial = [model.state_dict()[name].std().item() for model in (backbone, reference)]
+        assert initial[0] == pytest.approx(initial[1], rel=0.05)
     reference.load_state_dict(backbone.state_dict())
     x = torch.randn(4, 3, 16, 16)
-    torch.testing.assert_close(backbone(x), reference(x), rtol=1e-4, atol=1e-5)  # training mode
-    backbone.eval(), reference.eval()
-    torch.testing.assert_close(backbone(x), reference(x), rtol=1e-4, atol=1e-5)
-
-
-def test_initial_spread_of_weights_is_torchvisions():
-    torch.manual_seed(0)
-    ours, reference = simsiam.resnet18().state_dict(), torchvision.models.resnet18().state_dict()
-    for name in ("layer1.0.conv1.weight", "layer4.1.conv2.weight", "layer3.0.downsample.0.weight"):
-        assert ours[name].std().item() == pytest.approx(reference[name].std().item(), rel=0.02)
-
-
-@pytest.mark.parametrize("height, width", [(8, 8), (9, 15), (32, 32), (33, 64)])
-def test_any_picture_size_from_8(height, width):
-    backbone = simsiam.resnet18(width=4)
-    assert backbone(torch.randn(2, 3, height, width)).shape == (2, 32)
+    for training in (True, False):
+        backbone.train(training), reference.train(training)
+        torch.testing.assert_close(backbone(x), reference(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("arch, factor", [("resnet18", 8), ("resnet34", 8), ("resnet50", 32)])
-def test_width_scales_the_features(arch, factor):
-    backbone = getattr(simsiam, arch)(width=6)
+def test_features_are_proportional_to_the_width_at_any_image_size(arch, factor):
+    backbone = simsiam.ARCHS[arch](width=6)
     assert backbone.feature_dim == 6 * factor
-    assert backbone(torch.randn(2, 3, 8, 8)).shape == (2, 6 * factor)
+    for size in ((8, 8), (9, 15), (32, 32), (33, 64)):
+        assert backbone(torch.randn(2, 3, *size)).shape == (2, 6 * factor)
 
 
-def test_heads_follow_the_paper():
+def test_networks_have_the_papers_number_of_parameters():
     model = simsiam.SimSiam(simsiam.resnet18())
+    assert count(model.backbone) == 11_168_832 == 11_173_962 - count(nn.Linear(model.backbone.feature_dim, 10))
     # Linear 512 -> 2048 -> 2048 without biases; the last batch norm has no affine parameters.
     assert count(model.projector) == 512 * 2048 + 2 * 2048 + 2048 * 2048
     assert count(model.predictor) == 2048 * 512 + 2 * 512 + 512 * 2048 + 2048
-    three = simsiam.SimSiam(simsiam.resnet18(), num_proj_layers=3)
-    assert count(three.projector) == 512 * 2048 + 2 * 2048 * 2048 + 2 * 2 * 2048
+    assert count(variant(num_proj_layers=3).projector) == 3 * 32 * 32 + 2 * 2 * 32
     with pytest.raises(ValueError, match="num_proj_layers"):
-        simsiam.SimSiam(simsiam.resnet18(4), num_proj_layers=0)
+        variant(num_proj_layers=0)
 
 
-def test_no_state_is_stored_twice():
-    state = simsiam.SimSiam(simsiam.resnet18(4), 32, 16).state_dict()
+@pytest.mark.parametrize("head_bn, projector, predictor", [  # the rows of Table 3
+    ("none", "Linear+bias ReLU Linear+bias", "Linear+bias ReLU Linear+bias"),
+    ("hidden", "Linear BatchNorm1d+bias ReLU Linear+bias", "Linear BatchNorm1d+bias ReLU Linear+bias"),
+    ("default", "Linear BatchNorm1d+bias ReLU Linear BatchNorm1d", "Linear BatchNorm1d+bias ReLU Linear+bias"),
+    ("all", "Linear BatchNorm1d+bias ReLU Linear BatchNorm1d", "Linear BatchNorm1d+bias ReLU Linear BatchNorm1d"),
+])
+def test_head_bn_places_the_batch_norms_of_the_paper(head_bn, projector, predictor):
+    def words(head):
+        return " ".join(type(layer).__name__ + "+bias" * (getattr(layer, "bias", None) is not None) for layer in head)
+
+    assert [words(head) for head in list(variant(head_bn=head_bn).children())[1:]] == [projector, predictor]
+
+
+def test_state_dict_holds_every_tensor_once():
+    state = variant().state_dict()
     assert {name.split(".")[0] for name in state} == {"backbone", "projector", "predictor"}
-    assert len({value.data_ptr() for value in state.values() if value.ndim}) == sum(value.ndim > 0 for value in state.values())
+    assert len({value.data_ptr() for value in state.values()}) == len(state)
 
 
 def test_each_view_has_its_own_batch_statistics():
-    torch.manual_seed(0)
-    model = simsiam.SimSiam(simsiam.resnet18(4), 32, 16)
-    x1, x2 = torch.randn(8, 3, 16, 16), 3 * torch.randn(8, 3, 16, 16) + 1
+    model = variant()
+    x1, x2 = VIEWS[0], 3 * VIEWS[1] + 1
     p1, p2, z1, z2 = model(x1, x2)
     for x, p, z in ((x1, p1, z1), (x2, p2, z2)):
         alone = model.projector(model.backbone(x))
@@ -79,42 +97,74 @@ def test_each_view_has_its_own_batch_statistics():
         torch.testing.assert_close(p, model.predictor(alone))
 
 
-def test_loss_is_the_papers_formula():
-    torch.manual_seed(0)
-    p1, p2, z1, z2 = torch.randn(4, 16, 32)
+def test_targets_pass_no_gradient():
+    model = variant()
+    with torch.no_grad():
+        z1, z2 = (model.projector(model.backbone(x)) for x in VIEWS)
 
-    def distance(p, z):  # Eq. 1, row by row
+    def loss(p1, p2, *_):
+        return -(nn.functional.cosine_similarity(p1, z2).mean() + nn.functional.cosine_similarity(p2, z1).mean()) / 2
+
+    assert_same_gradients(gradients(variant()), gradients(model, loss))
+
+
+def test_without_stop_gradient_the_targets_learn_too():
+    def loss_of_targets(p1, p2, z1, z2):
+        return simsiam.simsiam_loss(p1.detach(), p2.detach(), z1, z2)
+
+    both, stopped = gradients(variant(stop_gradient=False)), gradients(variant())
+    of_targets = gradients(variant(stop_gradient=False), loss_of_targets)
+    assert_same_gradients(both, {name: value + of_targets.get(name, 0) for name, value in stopped.items()})
+
+
+def test_without_predictor_the_stop_gradient_only_halves_the_gradient():
+    """Sec. 4.2: "using stop-gradient is equivalent to removing stop-gradient and scaling the loss by 1/2"."""
+    stopped, free = (gradients(variant(predictor="none", stop_gradient=stop)) for stop in (True, False))
+    assert_same_gradients({name: 2 * gradient for name, gradient in stopped.items()}, free)
+
+
+def test_predictor_is_fixed_or_absent():
+    fixed, absent = variant(predictor="fixed"), variant(predictor="none")
+    assert {name.split(".")[0] for name in gradients(fixed)} == {"backbone", "projector"}
+    p1, p2, z1, z2 = absent(*VIEWS)
+    assert torch.equal(p1, z1) and torch.equal(p2, z2) and p1.requires_grad and not z1.requires_grad
+    initial = variant().state_dict()  # all variants begin with the same weights
+    for name, value in (fixed.state_dict() | absent.state_dict()).items():
+        assert name.endswith(("running_mean", "running_var", "tracked")) or torch.equal(value, initial[name])
+
+
+def test_losses_are_the_papers_formulas():
+    p1, p2, z1, z2 = torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(0))
+
+    def cosine(p, z):  # Eq. 1, row by row
         return torch.stack([-(a / a.norm()) @ (b / b.norm()) for a, b in zip(p, z)]).mean()
 
-    expected = distance(p1, z2) / 2 + distance(p2, z1) / 2
-    torch.testing.assert_close(simsiam.simsiam_loss(p1, p2, z1, z2), expected)
-    assert simsiam.simsiam_loss(p1, p2, p2, p1).item() == pytest.approx(-1)
-    assert simsiam.simsiam_loss(*(t.bfloat16() for t in (p1, p2, z1, z2))).dtype == torch.float32
+    def cross_entropy(p, z):  # Sec. 4.5, row by row
+        return torch.stack([-(b.exp() / b.exp().sum()) @ (a.exp() / a.exp().sum()).log() for a, b in zip(p, z)]).mean()
+
+    for distance, expected in ((simsiam.negative_cosine, cosine), (simsiam.cross_entropy, cross_entropy)):
+        symmetric = simsiam.simsiam_loss(p1, p2, z1, z2, distance)
+        torch.testing.assert_close(symmetric, expected(p1, z2) / 2 + expected(p2, z1) / 2)
+        torch.testing.assert_close(simsiam.asymmetric_loss(p1, p2, z1, z2, distance), expected(p1, z2))
+        assert distance(p1.bfloat16(), z1.bfloat16()).dtype == torch.float32
+    assert simsiam.simsiam_loss(p1, p2, p2, p1).item() == pytest.approx(-1)  # the cosine is the default
 
 
-def test_targets_pass_no_gradient():
-    torch.manual_seed(0)
-    model = simsiam.SimSiam(simsiam.resnet18(4), 32, 16)
-    x1, x2 = torch.randn(2, 8, 3, 16, 16)
-    simsiam.simsiam_loss(*model(x1, x2)).backward()
-    gradients = [parameter.grad.clone() for parameter in model.parameters()]
-
-    # The same with targets that are constants, made by a copy of the network.
-    model.zero_grad()
-    with torch.no_grad():
-        targets = [model.projector(model.backbone(x)) for x in (x2, x1)]
-    for x, target in zip((x1, x2), targets):
-        p = model.predictor(model.projector(model.backbone(x)))
-        (-0.5 * torch.nn.functional.cosine_similarity(p, target).mean()).backward()
-    for gradient, parameter in zip(gradients, model.parameters()):
-        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-7)
-
-
-def test_feature_std_tells_collapse_from_health():
+def test_feature_std_is_1_for_spread_and_0_for_constant_outputs():
     torch.manual_seed(0)
     assert simsiam.feature_std(torch.randn(4096, 512)).item() == pytest.approx(1, abs=0.01)
     assert simsiam.feature_std(torch.ones(64, 512)).item() == pytest.approx(0, abs=1e-4)
     # Two opposite unit vectors in 4 dimensions, each half of the time: std 1 in one channel, 0 in three.
-    z = torch.zeros(1000, 4)
-    z[:500, 0], z[500:, 0] = 7, -3
-    assert simsiam.feature_std(z).item() == pytest.approx(2 / 4, rel=1e-3)
+    opposite = torch.tensor([[7.0, 0, 0, 0], [-3, 0, 0, 0]]).repeat(500, 1)
+    assert simsiam.feature_std(opposite).item() == pytest.approx(2 / 4, rel=1e-3)
+
+
+@pytest.mark.parametrize("batch", [32, 512])
+def test_feature_std_of_a_collapse_behind_a_batch_norm(batch):
+    """2 / sqrt(B) where all outputs but one point the same way, sqrt(2) times that, nearly, where all but two do."""
+    bn = nn.BatchNorm1d(32, affine=False)
+    outputs = torch.zeros(batch, 32)
+    outputs[3] = torch.randn(32, generator=torch.Generator().manual_seed(0)).sign()
+    assert simsiam.feature_std(bn(outputs)).item() == pytest.approx(2 / math.sqrt(batch), rel=1e-3)
+    outputs[4] = outputs[3]
+    assert simsiam.feature_std(bn(outputs)).item() == pytest.approx(2 * math.sqrt(2 / batch), rel=2 / batch)

@@ -1,9 +1,8 @@
 """SimSiam's augmentation for whole batches, on any device (paper, appendix D).
 
-`draw_views` makes every random number, `apply_views` is a pure function of pictures and draws. Each
-image has its own crop, flip, jitter factors, jitter order and grayscale. The distributions and the
-arithmetic are those of torchvision's RandomResizedCrop (bilinear, antialiased), RandomHorizontalFlip,
-ColorJitter and RandomGrayscale on float images.
+`draw_views` makes every random number, `apply_views` is a pure function of images and draws. Each image has its own
+crop, flip, jitter factors, jitter order and grayscale. Distributions and arithmetic are those of torchvision's
+RandomResizedCrop (bilinear, antialiased), RandomHorizontalFlip, ColorJitter and RandomGrayscale on float images.
 """
 import math
 from typing import NamedTuple
@@ -21,46 +20,48 @@ FLIP_P = 0.5
 JITTER_P = 0.8
 JITTER = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
 GRAY_P = 0.2
-SIGMA = (0.1, 2.0)  # pixels, of the Gaussian blur that ImageNet's views have and CIFAR's do not
 
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # torchvision's numbers of the jitter's operations
-CROP_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop.get_params
-LUMA = (0.2989, 0.587, 0.114)  # as in torchvision's rgb_to_grayscale
-CPU_CHUNK = 512  # pictures at a time: 6 MB
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # torchvision's numbers of the jitter operations
+CROP_ATTEMPTS = 10                                # as in RandomResizedCrop.get_params
+LUMA = (0.2989, 0.587, 0.114)                     # as in rgb_to_grayscale
+CPU_CHUNK = 512                                   # images at a time on the CPU: 6 MB stay in the cache
 
 
 class Draws(NamedTuple):
     """The random numbers of n views; every tensor has n rows."""
 
-    top: torch.Tensor      # int64 [n]: the crop's first row
-    left: torch.Tensor     # int64 [n]: the crop's first column
+    top: torch.Tensor      # int64 [n]: first row of the crop
+    left: torch.Tensor     # int64 [n]: first column of the crop
     height: torch.Tensor   # int64 [n]
     width: torch.Tensor    # int64 [n]
     flip: torch.Tensor     # bool [n]
     jitter: torch.Tensor   # bool [n]: whether the colors are jittered
-    order: torch.Tensor    # int64 [n, 4]: the operations' numbers, first to last
+    order: torch.Tensor    # int64 [n, 4]: numbers of the operations, first to last
     factors: torch.Tensor  # float32 [n, 4]: brightness, contrast, saturation, hue (in turns)
     gray: torch.Tensor     # bool [n]
-    sigma: torch.Tensor    # float32 [n]: of the blur, in pixels; 0 for none
 
     def rows(self, index):
-        """The draws of the images that `index` (a slice or an index tensor) selects."""
+        """The draws of the images selected by `index`, a slice or an index tensor."""
         return Draws(*(field[index] for field in self))
 
 
+# ---------------------------------------------------------------------------------------------------
+# Drawing
+
+
 def uniform(low, high, shape, generator):
-    """Uniform random numbers from low to high, float32, on the generator's device."""
+    """Uniform float32 random numbers in [low, high), on the generator's device."""
     return low + (high - low) * torch.rand(shape, generator=generator, device=generator.device)
 
 
 def epoch_generator(seed, epoch, device):
-    """The generator from which everything random in an epoch comes."""
+    """The generator of everything random in an epoch."""
     return torch.Generator(device).manual_seed(seed * 1_000_003 + epoch)
 
 
 def draw_crops(n, generator, height, width, scale):
-    """Crops as torchvision's RandomResizedCrop.get_params draws them: the first of ten attempts that
-    fits the picture, else the central crop of the nearest allowed ratio."""
+    """Crops as in RandomResizedCrop.get_params: the first of ten attempts that fits into the image, else the central
+    crop of the nearest allowed ratio. Returns top, left, height, width: int64 [n] each."""
     area = height * width * uniform(*scale, (n, CROP_ATTEMPTS), generator)
     ratio = torch.exp(uniform(math.log(RATIO[0]), math.log(RATIO[1]), (n, CROP_ATTEMPTS), generator))
     w = torch.sqrt(area * ratio).round()
@@ -72,20 +73,19 @@ def draw_crops(n, generator, height, width, scale):
     central_h = float(min(height, round(width / RATIO[0])))
     w = torch.where(none_fits, central_w, w.gather(1, first)[:, 0])
     h = torch.where(none_fits, central_h, h.gather(1, first)[:, 0])
-    place = uniform(0, 1, (n, 2), generator)
-    # A product in float32 can round up to the bound itself: hence the minimum.
-    top = torch.minimum((place[:, 0] * (height - h + 1)).floor(), height - h)
-    left = torch.minimum((place[:, 1] * (width - w + 1)).floor(), width - w)
+    position = uniform(0, 1, (n, 2), generator)
+    # The minimum: a float32 product can round up to the bound itself.
+    top = torch.minimum((position[:, 0] * (height - h + 1)).floor(), height - h)
+    left = torch.minimum((position[:, 1] * (width - w + 1)).floor(), width - w)
     top = torch.where(none_fits, ((height - h) / 2).floor(), top)
     left = torch.where(none_fits, ((width - w) / 2).floor(), left)
     return top.long(), left.long(), h.long(), w.long()
 
 
 def draw_views(n, generator, height=SIZE, width=SIZE, scale=SCALE):
-    """Draw one view of each of n pictures, without blur.
+    """Draw one view of each of n images of height x width pixels: Draws with n rows, on the generator's device.
 
-    generator: a torch.Generator; the draws live on its device. height, width: of the pictures;
-    scale: bounds of the crop's share of the picture's area. Returns Draws with n rows.
+    scale: bounds of the crop's share of the image area.
     """
     top, left, h, w = draw_crops(n, generator, height, width, scale)
 
@@ -101,39 +101,18 @@ def draw_views(n, generator, height=SIZE, width=SIZE, scale=SCALE):
         order=uniform(0, 1, (n, 4), generator).argsort(dim=1),
         factors=center + strength * uniform(-1, 1, (n, 4), generator),
         gray=coin(GRAY_P),
-        sigma=torch.zeros(n, device=generator.device),
     )
 
 
-def draw_blur(draws, generator, p):
-    """The Draws with blur of a random width in a view of each picture with probability p."""
-    n = len(draws.sigma)
-    blurred = uniform(0, 1, (n,), generator) < p
-    return draws._replace(sigma=torch.where(blurred, uniform(*SIGMA, (n,), generator), 0.0))
-
-
-def normalize(images, mean=MEAN, std=STD):
-    """Pictures without augmentation: uint8 [B, 3, H, W] or float in [0, 1] -> float32, by each channel's mean and std."""
-    if images.dtype == torch.uint8:
-        images = images / 255
-    # Plain numbers, channel by channel: tensors of them would be copied to the device in every step.
-    return torch.cat([(images[:, i:i + 1] - mean[i]) / std[i] for i in range(3)], dim=1)
-
-
-def denormalize(views):
-    """The opposite of `normalize` by MEAN and STD: normalized views float [B, 3, H, W] -> pictures in [0, 1]."""
-    return torch.cat([views[:, i:i + 1] * STD[i] + MEAN[i] for i in range(3)], dim=1).clamp(0, 1)
-
-
-def in_eager_cpu(x):
-    """Whether operations run one by one on the CPU. On CUDA, and when compiled, they fuse best where they are plain
-    arithmetic; on a CPU one by one, a single operation for much of it instead saves many passes over memory."""
+def eager_on_cpu(x):
+    """Whether operations run one by one on the CPU. Compiled and on CUDA, plain arithmetic fuses best; one by one on a
+    CPU, a single larger operation saves many passes over memory."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def pixel_centers(start, length, flip=None):
-    """Where the centers of the output's SIZE pixels lie in a line of pixels, from its beginning, if pixels
-    start .. start + length become those SIZE: float32 [B, SIZE]. Where flip (bool [B]) is true they are mirrored."""
+    """Centers of the SIZE output pixels, in input pixels, if start .. start + length is resized to SIZE: float32
+    [B, SIZE]; mirrored where flip (bool [B]) is true."""
     out = torch.arange(SIZE, device=start.device) + 0.5
     if flip is not None:
         out = torch.where(flip[:, None], SIZE - out, out)
@@ -141,11 +120,8 @@ def pixel_centers(start, length, flip=None):
 
 
 def resampling_weights(start, length, size_in, flip=None):
-    """Weights [B, SIZE, size_in] that resize pixels start .. start + length of a line to SIZE pixels.
-
-    Bilinear, antialiased where it shrinks. Pixels outside the crop have weight 0 and the rest is
-    scaled to sum 1, as PIL does. Where flip (bool [B]) is true the output is mirrored.
-    """
+    """Weights [B, SIZE, size_in] that resize pixels start .. start + length of a line to SIZE pixels: bilinear,
+    antialiased where it shrinks, normalized to sum 1 without the pixels outside the crop, as PIL does."""
     center = pixel_centers(start, length, flip)[:, :, None]               # [B, SIZE, 1]
     start, length = start.float()[:, None, None], length.float()[:, None, None]
     pixel = torch.arange(size_in, device=start.device) + 0.5              # [size_in]
@@ -154,33 +130,32 @@ def resampling_weights(start, length, size_in, flip=None):
     return weight.div_(weight.sum(dim=2, keepdim=True))
 
 
-def sampling_places(start, length, size_in, flip=None):
-    """What resampling_weights says where nothing shrinks, as places for F.grid_sample, for which a line reaches from -1
-    to 1: [B, SIZE]. None is beyond the center of the crop's first or last pixel, so that no pixel outside counts."""
+def sampling_positions(start, length, size_in, flip=None):
+    """The same as positions for F.grid_sample, where a line reaches from -1 to 1: [B, SIZE]. Only for crops that do
+    not shrink. Clamped to the centers of the crop's first and last pixel, so that no pixel outside counts."""
     center = pixel_centers(start, length, flip)
     center = center.clamp(start[:, None] + 0.5, (start + length)[:, None] - 0.5)
     return center * (2 / size_in) - 1
 
 
 def crop_flip(images, draws):
-    """Crop, resize and flip: uint8 [B, 3, H, W] -> float32 [B, 3, SIZE, SIZE] in [0, 1], but for rounding."""
+    """Crop, resize and flip: uint8 [B, 3, H, W] -> float32 [B, 3, SIZE, SIZE] in [0, 1], up to rounding."""
     b, c, h, w = images.shape
-    if in_eager_cpu(images) and h <= SIZE and w <= SIZE:
-        # No crop shrinks: each pixel lies between two by two of the picture's. Two thirds of the products' time.
-        places = torch.empty(b, SIZE, SIZE, 2)
-        places[..., 0] = sampling_places(draws.left, draws.width, w, draws.flip)[:, None, :]
-        places[..., 1] = sampling_places(draws.top, draws.height, h)[:, :, None]
-        return F.grid_sample(images.float().mul_(1 / 255), places, padding_mode="border", align_corners=False)
+    if eager_on_cpu(images) and h <= SIZE and w <= SIZE:  # no crop shrinks; two thirds of the time of the products
+        positions = torch.empty(b, SIZE, SIZE, 2)
+        positions[..., 0] = sampling_positions(draws.left, draws.width, w, draws.flip)[:, None, :]
+        positions[..., 1] = sampling_positions(draws.top, draws.height, h)[:, :, None]
+        return F.grid_sample(images.float().mul_(1 / 255), positions, padding_mode="border", align_corners=False)
     rows = resampling_weights(draws.top, draws.height, h)
     columns = resampling_weights(draws.left, draws.width, w, draws.flip)
     x = torch.bmm(images.float().view(b, c * h, w), columns.transpose(1, 2))     # [B, 3 * H, SIZE]
     return torch.matmul(rows[:, None] / 255, x.view(b, c, h, SIZE))
 
 
-def change_colors(x, matrix, bias, out=None):
-    """A color matrix for each picture: x float [B, 3, H, W], matrix [B, 3, 3], bias [B, 3] -> [B, 3, H, W].
-    out: where to put it, contiguous, on the CPU only."""
-    if in_eager_cpu(x):
+def apply_matrix(x, matrix, bias, out=None):
+    """Apply a color matrix to each image: x float [B, 3, H, W], matrix [B, 3, 3], bias [B, 3] -> [B, 3, H, W].
+    out: contiguous destination, on the CPU only."""
+    if eager_on_cpu(x):
         out = torch.empty_like(x) if out is None else out
         torch.baddbmm(bias[:, :, None], matrix, x.flatten(2), out=out.flatten(2))
         return out
@@ -191,28 +166,27 @@ def change_colors(x, matrix, bias, out=None):
     ], dim=1)
 
 
-def mean_luma(x):
-    """The luma of float pictures [B, 3, H, W], as torchvision's rgb_to_grayscale, averaged over the picture: [B]."""
-    means = x.mean(dim=(2, 3))
-    return LUMA[0] * means[:, 0] + LUMA[1] * means[:, 1] + LUMA[2] * means[:, 2]
-
-
 def luma_matrix(device):
-    """The matrix [3, 3] that makes every channel the luma."""
+    """The color matrix [3, 3] that turns every channel into the luma."""
     return torch.stack([torch.full((3,), share, device=device) for share in LUMA], dim=1)
 
 
-def blends(draws):
-    """Brightness, contrast and saturation of each picture, in its order: three color matrices [3, B, 3, 3] and how
-    much of the picture's mean luma each adds [3, B].
+def hue_slots(draws):
+    """Position of the hue shift in each image's order: int64 [B] in 0 .. 3."""
+    return (draws.order == HUE).int().argmax(dim=1)
 
-    All three are factor * x + (1 - factor) * other: the other is black, the mean luma, or the luma. Where the
-    colors are not jittered they leave x as it is, bit for bit.
+
+def blend_matrices(draws):
+    """Brightness, contrast and saturation of each image, in its order: three color matrices [3, B, 3, 3], and how much
+    of the image's mean luma each adds [3, B].
+
+    All three are factor * x + (1 - factor) * other, where other is black, the mean luma, or the luma. Without jitter
+    they are the identity, bit for bit.
     """
     device = draws.order.device
     i = torch.arange(3, device=device)[:, None]
-    place = i + (hue_slots(draws) <= i)                                         # in the order, without the hue shift
-    operation = draws.order.T.gather(0, place)                                  # [3, B]
+    slot = i + (hue_slots(draws) <= i)                                          # skips the hue shift
+    operation = draws.order.T.gather(0, slot)                                   # [3, B]
     factor = torch.where(draws.jitter, draws.factors.T.gather(0, operation), 1.0)
     of_luma, of_mean = ((1 - factor) * (operation == other) for other in (SATURATION, CONTRAST))
     eye = torch.eye(3, device=device)
@@ -220,23 +194,24 @@ def blends(draws):
 
 
 def blend(x, matrix, of_mean):
-    """One of the blends for each picture: x [B, 3, H, W], matrix [B, 3, 3], of_mean [B]; clamped to [0, 1]."""
-    bias = (of_mean * mean_luma(x))[:, None].expand(-1, 3)
-    return change_colors(x, matrix, bias).clamp_(0, 1)
+    """Apply one blend to each image: x [B, 3, H, W], matrix [B, 3, 3], of_mean [B]; clamped to [0, 1]."""
+    means = x.mean(dim=(2, 3))
+    mean_luma = LUMA[0] * means[:, 0] + LUMA[1] * means[:, 1] + LUMA[2] * means[:, 2]
+    return apply_matrix(x, matrix, (of_mean * mean_luma)[:, None].expand(-1, 3)).clamp_(0, 1)
 
 
 def shift_hue(x, turns):
-    """Turn the hue of float pictures [B, 3, H, W] in [0, 1] by turns [B] of the color circle.
+    """Shift the hue of float images [B, 3, H, W] in [0, 1] by turns [B] of the color circle.
 
-    HSV exactly: the largest and the smallest channel value stay. In sixths of the circle and counted from cyan, the
-    hue is 2 + (r - g - b + smallest) / chroma towards blue, or as much the other way where green exceeds blue. Red
-    then stands at clamp(|hue| - 1, 0, 1) of the way from the smallest to the largest, green at
-    clamp(2 - |hue + 1|, 0, 1), blue at clamp(2 - |hue - 1|, 0, 1).
+    Exactly HSV: the largest and smallest channel values stay. In sixths of the circle and counted from cyan, the hue
+    is 2 + (r - g - b + smallest) / chroma towards blue, or the same in the other direction where green exceeds blue.
+    Red is then at clamp(|hue| - 1, 0, 1) of the way from smallest to largest, green at clamp(2 - |hue + 1|, 0, 1),
+    blue at clamp(2 - |hue - 1|, 0, 1).
     """
     r, g, b = x.split(1, dim=1)
     smallest = torch.minimum(torch.minimum(r, g), b)
     chroma = torch.maximum(torch.maximum(r, g), b) - smallest
-    hue = (r - g).sub_(b - smallest).div_(chroma.clamp(min=1e-12)).add_(2)  # gray pixels: 2, and no chroma to show it
+    hue = (r - g).sub_(b - smallest).div_(chroma.clamp(min=1e-12)).add_(2)  # gray pixels: 2, without effect
     hue = torch.copysign(hue, b - g).add_(6 * turns.view(-1, 1, 1, 1))
     hue = torch.sub(hue, (hue * (1 / 6)).round_(), alpha=6)
     position = torch.cat([
@@ -246,38 +221,33 @@ def shift_hue(x, turns):
 
 
 def hue_turns(draws):
-    """By how much of the color circle each picture's hue turns: [B]."""
+    """Hue shift of each image in turns of the color circle: [B]."""
     return torch.where(draws.jitter, draws.factors[:, HUE], 0.0)
 
 
-def hue_slots(draws):
-    """Where in its order each picture shifts the hue: int64 [B] in 0 .. 3."""
-    return (draws.order == HUE).int().argmax(dim=1)
-
-
 def color_jitter(x, draws):
-    """ColorJitter with probability, every picture in its own order: float [B, 3, H, W] in [0, 1] -> same.
+    """ColorJitter with probability, each image in its own order: float [B, 3, H, W] in [0, 1] -> same.
 
-    Three blends before the hue shift and three after it hold all 24 orders: a picture takes each of its three
-    at the side of the hue shift where it belongs and passes the other side unchanged.
+    Three blends before the hue shift and three after it cover all 24 orders: each image takes each of its three blends
+    on the side where it belongs, and the identity on the other side.
     """
-    matrices, of_mean = blends(draws)
+    matrices, of_mean = blend_matrices(draws)
     slots = hue_slots(draws)
-    unchanged = torch.eye(3, device=x.device)
+    identity = torch.eye(3, device=x.device)
 
-    def side(x, takes):
+    def blends(x, takes):
         for i in range(3):
             mine = takes(i)
-            x = blend(x, torch.where(mine[:, None, None], matrices[i], unchanged), of_mean[i] * mine)
+            x = blend(x, torch.where(mine[:, None, None], matrices[i], identity), of_mean[i] * mine)
         return x
 
-    x = side(x, lambda i: i < slots)
+    x = blends(x, lambda i: i < slots)
     x = shift_hue(x, hue_turns(draws))
-    return side(x, lambda i: i >= slots)
+    return blends(x, lambda i: i >= slots)
 
 
-def finishing(draws):
-    """Grayscale with probability, then normalization by MEAN and STD: color matrices [B, 3, 3] and biases [B, 3]."""
+def gray_and_normalize(draws):
+    """Grayscale with probability, then normalization, as color matrices [B, 3, 3] and biases [B, 3]."""
     device = draws.gray.device
     colors = torch.where(draws.gray[:, None, None], luma_matrix(device), torch.eye(3, device=device))
     matrix = torch.stack([colors[:, i] / STD[i] for i in range(3)], dim=1)
@@ -285,59 +255,58 @@ def finishing(draws):
     return matrix, bias
 
 
-def blur(x, sigma):
-    """Gaussian blur of each picture or view: x float [B, 3, H, W], sigma [B] in pixels, 0 for none -> same.
+def normalize(images, mean=MEAN, std=STD):
+    """Normalize images without augmentation: uint8, or float in [0, 1], [B, 3, H, W] -> float32 [B, 3, H, W]."""
+    if images.dtype == torch.uint8:
+        images = images / 255
+    # Plain numbers, channel by channel: tensors of them would be copied to the device in every step.
+    return torch.cat([(images[:, i:i + 1] - mean[i]) / std[i] for i in range(3)], dim=1)
 
-    torchvision's gaussian_blur with a kernel of 3 pixels: a tenth of a CIFAR picture's side, as SimCLR has it.
-    """
-    side = torch.exp(-0.5 / sigma**2).view(-1, 1, 1, 1)  # the kernel is side, 1, side, before it is scaled to sum 1
-    side, middle = side / (1 + 2 * side), 1 / (1 + 2 * side)
-    x = F.pad(x, (1, 1, 1, 1), mode="reflect")
-    x = middle * x[:, :, 1:-1] + side * (x[:, :, :-2] + x[:, :, 2:])
-    return middle * x[:, :, :, 1:-1] + side * (x[:, :, :, :-2] + x[:, :, :, 2:])
+
+def denormalize(views):
+    """The inverse of `normalize`: float [B, 3, H, W] -> float images in [0, 1]."""
+    return torch.cat([views[:, i:i + 1] * STD[i] + MEAN[i] for i in range(3)], dim=1).clamp(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Views
 
 
 def apply_views(images, draws):
-    """Make the views: uint8 pictures [B, 3, H, W] and their Draws (B rows, same device) -> normalized
-    float32 views [B, 3, 32, 32]. Pure, batched, without host synchronization; torch.compile takes it whole.
-    Blur is not in it: `blurred_views`."""
-    if in_eager_cpu(images):
+    """Make the views: uint8 images [B, 3, H, W] and their Draws (B rows, same device) -> normalized float32 views
+    [B, 3, SIZE, SIZE]. Pure and batched, without host synchronization on CUDA; torch.compile takes it whole."""
+    if eager_on_cpu(images):
         return apply_views_cpu(images, draws)
-    return change_colors(color_jitter(crop_flip(images, draws), draws), *finishing(draws))
+    return apply_matrix(color_jitter(crop_flip(images, draws), draws), *gray_and_normalize(draws))
 
 
-def blurred_views(images, draws):
-    """apply_views, and then the blur, which may well come after the normalization: it is linear and keeps a constant."""
-    return blur(apply_views(images, draws), draws.sigma)
-
-
-def apply_two_views(images, draws1, draws2, make_views=apply_views):
-    """Both views of each picture, from their Draws: two tensors as make_views makes them, apply_views or blurred_views.
-    Making them together takes half as many operations, which is what small batches wait for."""
+def apply_two_views(images, draws1, draws2):
+    """Both views of each image, made together: half as many operations, which is what small batches wait for."""
     draws = Draws(*(torch.cat(fields) for fields in zip(draws1, draws2)))
-    return make_views(torch.cat((images, images)), draws).chunk(2)
+    return apply_views(torch.cat((images, images)), draws).chunk(2)
 
 
 def apply_views_cpu(images, draws):
-    """The same for the CPU, several times as fast: some hundred pictures at a time stay in the cache from one operation
-    to the next, and those that shift the hue in the same slot go together through the three blends that they need."""
+    """The same on the CPU, several times faster: chunks that stay in the cache, each sorted by the slot of the hue
+    shift, so that every image takes only the three blends that it needs."""
     unjittered = 4
     slots = torch.where(draws.jitter, hue_slots(draws), unjittered)
     views = torch.empty(len(images), 3, SIZE, SIZE)
     for start in range(0, len(images), CPU_CHUNK):
         chunk = slice(start, start + CPU_CHUNK)
         order = slots[chunk].argsort()
-        made = make_sorted_views(images[chunk].index_select(0, order), draws.rows(chunk).rows(order), slots[chunk].bincount())
+        made = make_sorted_views(
+            images[chunk].index_select(0, order), draws.rows(chunk).rows(order), slots[chunk].bincount()
+        )
         torch.index_select(made, 0, order.argsort(), out=views[chunk])
     return views
 
 
 def make_sorted_views(images, draws, counts):
-    """The views of pictures in the order of their slots, the first counts[0] with the hue shift in slot 0 and so on;
-    slot 4 stands for no jitter."""
-    matrices, of_mean = blends(draws)
+    """Views of images sorted by slot: counts[0] images with the hue shift in slot 0, and so on; slot 4: no jitter."""
+    matrices, of_mean = blend_matrices(draws)
     turns = hue_turns(draws)
-    matrix, bias = finishing(draws)
+    matrix, bias = gray_and_normalize(draws)
     crops = crop_flip(images, draws)
     views = torch.empty_like(crops)
     start = 0
@@ -351,5 +320,5 @@ def make_sorted_views(images, draws, counts):
             x = shift_hue(x, turns[rows])
             for i in range(slot, 3):
                 x = blend(x, matrices[i, rows], of_mean[i, rows])
-        change_colors(x, matrix[rows], bias[rows], out=views[rows])
+        apply_matrix(x, matrix[rows], bias[rows], out=views[rows])
     return views

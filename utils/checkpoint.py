@@ -1,6 +1,7 @@
-"""Checkpoints: written atomically, read without running code from the file."""
+"""Files that are whole or absent: checkpoints, written atomically and read without running code, and JSON."""
 import hashlib
 import io
+import json
 import os
 import pickle
 import warnings
@@ -8,21 +9,24 @@ import zipfile
 
 import torch
 
-DIGEST_MARK = b"sha256 "
-COMMENT_LENGTH = len(DIGEST_MARK) + 2 * hashlib.sha256().digest_size
-
 
 def save(path, state, keep_previous=False):
-    """Write `state` (tensors, plain numbers, strings, lists, dicts) to path as `write` does."""
-    write(path, with_digest(state), keep_previous)
+    """Write `state` (tensors, plain numbers, strings, lists, dicts) with torch.save, as `write` does."""
+    write(path, to_bytes(state), keep_previous)
+
+
+def to_bytes(state):
+    """What torch.save writes. In memory first: its own writer does not say why writing failed."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getbuffer()
 
 
 def write(path, content, keep_previous=False):
-    """Write bytes to path: whole or not at all.
+    """Write bytes to path atomically: a temporary file, fsync, rename.
 
-    They go to a temporary file in the same folder, reach the disk, and take the name in one
-    step. keep_previous: the file that was there stays as previous_path(path). Raises OSError that names
-    path; then the file that was there is as it was.
+    keep_previous: the replaced file stays as previous_path(path). Raises OSError that names path; the old file is then
+    unchanged.
     """
     partial = f"{path}.partial"
     try:
@@ -33,42 +37,23 @@ def write(path, content, keep_previous=False):
         if keep_previous and os.path.exists(path):
             keep(path)
         os.replace(partial, path)
-        sync_folder(os.path.dirname(path) or ".")
+        if hasattr(os, "O_DIRECTORY"):  # the new name too survives a power cut
+            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
+            os.fsync(folder)
+            os.close(folder)
     except OSError as error:
         raise OSError(f"{path} could not be written ({error.strerror or error})") from error
-    finally:  # also when Ctrl-C ends it: half a file takes room that the next one may need
+    finally:  # also after Ctrl-C: half a file takes room that the next one may need
         if os.path.lexists(partial):
             os.remove(partial)
 
 
-def with_digest(state):
-    """The bytes of a file: what torch.save writes, a zip archive, and in its comment the SHA-256 of all before."""
-    buffer = io.BytesIO()  # in memory first: torch's own writing is slower and does not say why it failed
-    torch.save(state, buffer)
-    buffer.seek(-2, os.SEEK_END)  # the archive ends with its comment's length
-    buffer.write(COMMENT_LENGTH.to_bytes(2, "little"))
-    buffer.write(DIGEST_MARK + hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
-    return buffer.getbuffer()
-
-
-def is_whole(content):
-    """Whether a file's bytes agree with their digest, or, in a zip archive that torch.save wrote, with its own
-    checksums, which leave out some of its headers. True where there is neither."""
-    start, digest = content[:-COMMENT_LENGTH], content[-COMMENT_LENGTH:].tobytes()
-    if digest.startswith(DIGEST_MARK):
-        return digest == DIGEST_MARK + hashlib.sha256(start).hexdigest().encode()
-    if not zipfile.is_zipfile(io.BytesIO(content)):  # other files are torch.load's to judge
-        return True
-    archive = zipfile.ZipFile(io.BytesIO(content))
-    return not archive.comment and archive.testzip() is None  # a comment: a digest that is not whole
-
-
 def keep(path):
-    """Give the file its previous_path as a second name, so that the first never lacks a file; where the file
-    system has no second names, rename it."""
+    """Give the file its previous_path as a second name; `path` exists at every moment. Renames where the file system
+    has no hard links."""
     second = f"{previous_path(path)}.partial"
     try:
-        if os.path.lexists(second):  # of a killed run
+        if os.path.lexists(second):  # left by a killed process
             os.remove(second)
         os.link(path, second)
     except OSError:
@@ -76,69 +61,68 @@ def keep(path):
     os.replace(second, previous_path(path))
 
 
-def sync_folder(folder):
-    """Have the names in a folder reach the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def previous_path(path):
-    """Where save(..., keep_previous=True) leaves the file that it replaces: checkpoint.pt -> checkpoint-previous.pt."""
+    """checkpoint.pt -> checkpoint-previous.pt."""
     stem, extension = os.path.splitext(path)
     return f"{stem}-previous{extension}"
 
 
 def load(path):
-    """Read what `save` wrote, onto the CPU. Tensors and plain values only: code in the file does not run.
+    """Read a checkpoint onto the CPU, with weights_only=True: code in the file does not run.
 
-    Raises FileNotFoundError, IsADirectoryError, another OSError where the file cannot be read, and ValueError for a
-    file that is truncated, damaged (its digest does not agree) or holds more than that, which it then names.
+    Raises FileNotFoundError, IsADirectoryError or another OSError if the file cannot be read, and ValueError if it is
+    truncated, damaged (its checksums do not match) or holds more than tensors and plain values, which it then names.
     """
     if os.path.isdir(path):
-        raise IsADirectoryError(f"{path!r} is a folder; a .pt file in it is needed")
+        raise IsADirectoryError(f"{path!r} is a folder, not a checkpoint")
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path!r}: no such file")
     with open(path, "rb") as file:
-        content = memoryview(file.read())
+        content = file.read()
     try:
-        if not is_whole(content):
-            raise zipfile.BadZipFile("a checksum does not agree")
+        if zipfile.is_zipfile(io.BytesIO(content)):  # torch.load does not verify the checksums
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                if archive.testzip() is not None:
+                    raise zipfile.BadZipFile("a checksum does not match")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # of any kind: torch.load parses whatever bytes there are
+    except Exception as error:  # of any type: torch.load parses arbitrary bytes
         if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
-            reason = needed_code(content)
+            reason = f"it holds pickled code{needed_globals(content)}, which is not run; save its state_dict alone"
         else:
             reason = "truncated or damaged" if content else "the file is empty"
         raise ValueError(f"{path!r} cannot be read as a checkpoint: {reason}") from error
 
 
-def needed_code(content):
-    """Why a file of torch.save that holds more than tensors and plain values is not read: a reason in words."""
+def needed_globals(content):
+    """' (name, name)': the code that a file of torch.save refers to; '' if that cannot be found out."""
     try:
         needed = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content)))
-    except Exception:  # of any kind, as in load
-        needed = []
-    return (
-        f"there is more in it than tensors and plain values{': ' * bool(needed)}{', '.join(needed[:3])}{' ...' * (len(needed) > 3)}; code in a "
-        "file is not run. If you trust the file, save its state_dict alone where the code that wrote it is at hand"
-    )
+    except Exception:  # of any type, as in load
+        return ""
+    return f" ({', '.join(needed[:3])}{' ...' * (len(needed) > 3)})" if needed else ""
 
 
-def sha256(content):
-    """The SHA-256 of bytes, hexadecimal: what sha256sum prints for a file of them."""
-    return hashlib.sha256(content).hexdigest()
-
-
-def tensors_digest(tensors):
-    """A SHA-256, hexadecimal, of a state dict's names, shapes and values, however it is stored."""
-    digest = hashlib.sha256()
+def digest(tensors):
+    """SHA-256, hexadecimal, of a state dict's names, dtypes, shapes and values: which weights they are."""
+    found = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.numpy().tobytes())
-    return digest.hexdigest()
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.numpy().tobytes())
+    return found.hexdigest()
+
+
+def write_json(path, content):
+    """Write a JSON file atomically. Raises OSError that names it."""
+    write(path, f"{json.dumps(content, indent=2)}\n".encode())
+
+
+def read_json(path):
+    """The content of a JSON file. Raises OSError, and ValueError if it is not JSON."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except ValueError as error:  # also bytes that are not text
+        raise ValueError(f"{path}: not JSON ({error})") from error

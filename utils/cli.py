@@ -1,16 +1,20 @@
-"""Command lines: argument types, and errors as one line on stderr with exit code 2."""
+"""The terminal: arguments, messages, progress, and signals that ask a run to stop."""
 import argparse
 import contextlib
 import difflib
 import math
 import signal
 import sys
+import time
 
 from tqdm import tqdm
 
+# ---------------------------------------------------------------------------------------------------
+# Arguments
+
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser without abbreviations whose errors are one line, which names the nearest valid option or value."""
+    """ArgumentParser without abbreviations; an error is one line that names the nearest valid option, exit code 2."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=Formatter, allow_abbrev=False, **options)
@@ -18,18 +22,10 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         args, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            options = [option for option in self.all_options() if option.startswith("--")]
-            hint = nearest(next((word for word in unknown if word.startswith("-")), "").split("=")[0], options)
+            typed = next((word for word in unknown if word.startswith("-")), "").split("=")[0]
+            hint = nearest(typed, [option for option in self._option_string_actions if option.startswith("--")])
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return args
-
-    def all_options(self):
-        """The options of the parser and of its subcommands."""
-        for action in self._actions:
-            yield from action.option_strings
-            if isinstance(action, argparse._SubParsersAction):
-                for parser in action.choices.values():
-                    yield from parser.all_options()
 
     def _check_value(self, action, value):
         try:
@@ -41,136 +37,100 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
-    def for_each(self, given, function):
-        """Call function(each) for all that the user gave; what cannot be done becomes a line, and the exit code is 2 in the end."""
-        failed = False
-        for each in given:
-            try:
-                function(each)
-            except (ValueError, OSError) as error:
-                failed = True
-                print(f"{self.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        if failed:
-            self.exit(2)
-
     @contextlib.contextmanager
     def user_errors(self):
-        """Errors in the block come from what the user gave, sizes beyond the memory included: their message
-        becomes the line."""
+        """Report errors inside the block, whose cause is the user's input, as the one line."""
         try:
             yield
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             self.error(str(error))
 
 
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Description as written; defaults in the help of the options that have one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def nearest(word, valid):
-    """'; did you mean ...?' with the valid word nearest to a mistyped one, by letters or initials (lr for learning_rate), or
-    '' where none is near."""
+    """'; did you mean ...?' with the valid word nearest to a mistyped one, by initials (lr: learning_rate) or letters;
+    '' if none is near."""
     def form(text):
         return text.lower().strip("-").replace("-", "_")
 
-    def initials(text):
-        return "".join(part[:1] for part in text.split("_"))
-
     word, forms = form(word), {form(each): each for each in valid}
-    short = [each for each in forms if len(word) > 1 and word == initials(each)]  # first: by letters lr is near to blur
-    found = short or difflib.get_close_matches(word, forms, n=1) or [each for each in forms if word and each == initials(word)]
+    initials = [each for each in forms if len(word) > 1 and word == "".join(part[:1] for part in each.split("_"))]
+    found = initials or difflib.get_close_matches(word, forms, n=1)
     return f"; did you mean {forms[found[0]]}?" if found else ""
 
 
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it is written, and in the help of the options the defaults that they have."""
-
-    def _get_help_string(self, action):
-        if action.default is None or action.default is False:
-            return action.help
-        if isinstance(action.default, list):
-            return f"{action.help} (default: {' '.join(map(str, action.default))})"
-        return super()._get_help_string(action)
-
-
-def whole_number(least):
-    """An argument type: a whole number of at least `least` and less than 2 ** 32."""
+def number(kind, least=0, most=math.inf, above=False):
+    """Argument type: a finite number of a kind, int or float, from `least` (or above it) to `most`."""
     def convert(text):
-        try:
-            value = int(text)
-        except ValueError:
-            value = -1
-        if not least <= value < 2**32:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least} and less than 2^32")
-        return value
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if math.isfinite(value) and (least < value if above else least <= value) and value <= most:
+                return value
+        limits = f"{'above' if above else 'of at least'} {least}" + (f" and at most {most}" if most < math.inf else "")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole' if kind is int else 'finite'} number {limits}")
     return convert
 
 
-def real_number(text):
-    """An argument type: a finite number, 0 or more."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of at least 0")
-    return value
+def whole_number(least):
+    """Argument type: an integer from `least` to 2^32 - 1."""
+    return number(int, least, 2**32 - 1)
 
 
-def share(text):
-    """An argument type: more than 0, at most 1."""
-    value = real_number(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of more than 0 and at most 1")
-    return value
+real_number = number(float)                      # 0 or more
+positive_number = number(float, above=True)
+fraction = number(float, most=1, above=True)
 
 
-def probability(text):
-    """An argument type: 0 to 1."""
-    value = real_number(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a probability, 0 to 1")
-    return value
+def add_data_options(parser, datasets, positional=True):
+    """DIR or --data_root, --dataset, --train_size, --test_size; returns their group."""
+    group = parser.add_argument_group("data")
+    group.add_argument("data_root" if positional else "--data_root", default="data", metavar="DIR",
+                       help="folder that has or gets cifar-10-batches-py", **({"nargs": "?"} if positional else {}))
+    group.add_argument("--dataset", choices=datasets, default="cifar10", help="shapes is built in")
+    group.add_argument("--train_size", type=whole_number(2), metavar="N", help="use the first N training images")
+    group.add_argument("--test_size", type=whole_number(1), metavar="N", help="use the first N test images")
+    return group
 
 
-def positive_number(text):
-    """An argument type: a finite number, more than 0."""
-    value = real_number(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of more than 0")
-    return value
+def add_device_options(parser, compiled=False):
+    """--gpu, --precision, and with compiled=True --compile; returns their group."""
+    group = parser.add_argument_group("device")
+    group.add_argument("--gpu", type=int, metavar="N", help="index of the CUDA GPU (default: the first, else the CPU)")
+    group.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
+                       help="auto: bf16 on GPUs that support it, fp16 on older ones, fp32 on the CPU")
+    if compiled:
+        group.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                           help="torch.compile (default: on with CUDA, off on the CPU)")
+    return group
 
 
-def add_normalization(parser, mean, std):
-    """The options --mean and --std of each channel, with these defaults."""
+def add_run_options(parser):
+    """--exp_dir, --trial, --resume, --max_minutes, --tensorboard, --quiet; returns their group."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--exp_dir", default="experiments", metavar="DIR", help="parent of the run's folder")
+    group.add_argument("--trial", metavar="NAME", help="name of the run's folder (default: the next free number)")
+    group.add_argument("--resume", metavar="auto|PATH", help="checkpoint to resume; auto: of --trial or the latest run")
+    group.add_argument("--max_minutes", type=real_number, metavar="M", help="stop after M minutes, to be resumed")
+    group.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="log there too")
+    group.add_argument("--quiet", action="store_true", help="print results, warnings and errors only")
+    return group
+
+
+def add_normalization(group, mean, std):
+    """--mean and --std per channel, with these defaults."""
     for name, values, number in (("mean", mean, real_number), ("std", std, positive_number)):
-        parser.add_argument(
-            f"--{name}", type=number, nargs=3, default=list(values), metavar=("R", "G", "B"),
-            help="by which the backbone's pictures were normalized",
-        )
+        group.add_argument(f"--{name}", type=number, nargs=3, default=list(values), metavar=("R", "G", "B"),
+                           help=f"{name} that the backbone's images are normalized by, in [0, 1]")
 
 
-class Tolerant:
-    """A text stream that may lose its reader (a closed terminal, `| head`) or its disk's last free byte: what
-    cannot be written is dropped, and the work goes on."""
-
-    def __init__(self, stream):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a path may hold what the stream cannot encode
-        self.stream = stream
-
-    def write(self, text):
-        with contextlib.suppress(OSError):
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self):
-        with contextlib.suppress(OSError):
-            self.stream.flush()
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
-def run(main):
-    """Run a script's main and exit with its code; Ctrl-C ends it without a traceback."""
-    sys.stdout, sys.stderr = Tolerant(sys.stdout), Tolerant(sys.stderr)
+def run_script(main):
+    """Call a script's main and exit with its code; without a traceback on Ctrl-C."""
     try:
         sys.exit(main())
     except KeyboardInterrupt:
@@ -178,11 +138,109 @@ def run(main):
         sys.exit(128 + signal.SIGINT)
 
 
-def complain(message):
-    """Say it on stderr, above a progress bar."""
-    tqdm.write(message, file=sys.stderr)
+# ---------------------------------------------------------------------------------------------------
+# Messages and progress
+
+LINE_SECONDS = 30  # between lines of progress where there is no terminal
+quiet = False      # set by --quiet: `info` and the bars show nothing
 
 
-def warn(message):
-    """Say on stderr what the run goes on in spite of."""
-    complain(f"warning: {message}")
+def set_quiet(value):
+    global quiet
+    quiet = value
+
+
+def say(text, file=None):
+    """Print a line above the progress bar, to stdout by default. A closed or full stream does not end a run."""
+    with contextlib.suppress(OSError):
+        tqdm.write(text.encode(errors="backslashreplace").decode(), file=file or sys.stdout)
+
+
+def info(text):
+    if not quiet:
+        say(text)
+
+
+def warn(text):
+    say(f"warning: {text}", sys.stderr)
+
+
+def bar(*args, **options):
+    """A tqdm bar: shown on a terminal only, and not with --quiet."""
+    return tqdm(*args, **options, dynamic_ncols=True, disable=True if quiet else None)
+
+
+class Progress:
+    """Progress of a run over its epochs: a bar on a terminal, else a line every LINE_SECONDS. A context manager."""
+
+    def __init__(self, epochs, done):
+        self.epochs, self.first, self.begin = epochs, done, time.monotonic()
+        self.spoken = self.begin
+        self.bar = bar(total=epochs, initial=done, smoothing=0, mininterval=0.2,
+                       bar_format="{bar}| {n:.1f}/{total} epochs [{elapsed}<{remaining}{postfix}]")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.bar.close()
+
+    def update(self, done, figures=None, keep=False):
+        """done: epochs, with a fraction inside an epoch. figures: text after an epoch. keep: print it in any case."""
+        self.bar.update(done - self.bar.n)
+        if figures is not None:
+            self.bar.set_postfix_str(figures)
+        if keep or self.bar.disable and time.monotonic() - self.spoken > LINE_SECONDS:
+            self.spoken = time.monotonic()
+            seconds = (self.spoken - self.begin) * (self.epochs - done) / max(done - self.first, 1e-9)
+            left = "" if done == self.epochs else f", {tqdm.format_interval(round(seconds))} left"
+            info(f"epoch {done:.{0 if figures else 2}f}/{self.epochs}{'  ' if figures else ''}{figures or ''}{left}")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Stopping
+
+
+class Stopped(Exception):
+    """Raised by StopRequest.check."""
+
+
+class StopRequest:
+    """Inside the context, the first SIGINT, SIGTERM or SIGHUP, and the time limit, only make `requested` true, so that
+    the step can finish and a checkpoint be written. A second signal acts as usual.
+
+    minutes: limit since `start`, a value of time.monotonic(); None for none. Signals that the process ignores, such as
+    SIGHUP under nohup, stay ignored.
+    """
+
+    def __init__(self, minutes=None, start=0.0):
+        self.signal = None
+        self.deadline = math.inf if minutes is None else start + 60 * minutes
+
+    def __enter__(self):
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+        self.usual = {number: signal.signal(number, self.note) for number in heard}
+        return self
+
+    def note(self, number, frame):
+        self.signal = number
+        self.__exit__()
+
+    def __exit__(self, *exception):
+        for number, handler in self.usual.items():
+            signal.signal(number, handler)
+
+    @property
+    def requested(self):
+        return self.signal is not None or time.monotonic() > self.deadline
+
+    def check(self):
+        """Raise Stopped if a stop is requested: for long work that can be repeated."""
+        if self.requested:
+            raise Stopped
+
+    @property
+    def exit_code(self):
+        """128 + the signal's number; 0 for the time limit."""
+        return 0 if self.signal is None else 128 + self.signal

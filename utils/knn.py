@@ -1,29 +1,53 @@
-"""Weighted k-nearest-neighbor classification of backbone features: the monitor of pre-training.
+"""Features of a frozen backbone, and weighted k-nearest-neighbor classification of them: the pre-training monitor.
 
-Features are l2-normalized; every training picture is in the bank and every test picture is classified.
-k = 200 neighbors vote with weight exp(similarity / 0.1); k = 1 takes the nearest one's class.
+Features are l2-normalized; all training images form the bank and every test image is classified. k = 200 neighbors
+vote with weight exp(similarity / 0.1); k = 1 takes the class of the nearest one.
 """
 import torch
 import torch.nn.functional as F
 
-from utils.features import extract_features
+from utils.augment import MEAN, STD, normalize
+from utils.cli import bar
 
 K = 200
 TEMPERATURE = 0.1
 SIMILARITIES = 25_000_000  # at a time: 100 MB, 500 queries with a bank of 50,000
 
 
+@torch.no_grad()
+def extract_features(backbone, images, autocast, mean=MEAN, std=STD, batch_size=500, check=lambda: None):
+    """Features of all images without augmentation: uint8 [N, 3, H, W] -> float32 [N, feature_dim].
+
+    The backbone runs in eval mode and is left in the mode it came in. Images on another device are moved batch by
+    batch. autocast: makes the context that sets the precision, see utils.device. check: called before each batch; may
+    raise to end the work.
+    """
+    was_training = backbone.training
+    backbone.eval()
+    device = next(backbone.parameters()).device
+    features = []
+    try:
+        for batch in bar(images.split(batch_size), desc="features", unit="batch", leave=False, delay=2):
+            check()
+            batch = normalize(batch.to(device), mean, std).contiguous(memory_format=torch.channels_last)
+            with autocast():
+                features.append(backbone(batch).float())
+    finally:
+        backbone.train(was_training)
+    return torch.cat(features)
+
+
 def nearest(queries, bank, k):
-    """Yield, for chunks of the queries in order, the cosine similarities and the bank indices of the k
-    nearest bank rows, each [chunk, k], most similar first."""
+    """Yield, for chunks of the queries in order, cosine similarities and bank indices of the k nearest bank rows,
+    [chunk, k] each, most similar first."""
     bank = F.normalize(bank, dim=1).T.contiguous()  # [D, N]
     for chunk in F.normalize(queries, dim=1).split(max(1, SIMILARITIES // bank.shape[1])):
         yield (chunk @ bank).topk(k, dim=1)
 
 
 def vote(similarities, neighbors, temperature, num_classes):
-    """Classes [Q] from similarities and classes of the neighbors, each [Q, k]."""
-    # Less the largest, which every query's votes share as a factor: float32 holds any temperature.
+    """Predicted classes [Q] from similarities and classes of the neighbors, [Q, k] each."""
+    # Relative to the largest, a common factor of a query's votes: float32 holds any temperature.
     weights = ((similarities - similarities[:, :1]) / temperature).exp()
     votes = weights.new_zeros(len(weights), num_classes)
     return votes.scatter_add_(1, neighbors, weights).argmax(dim=1)
@@ -31,7 +55,7 @@ def vote(similarities, neighbors, temperature, num_classes):
 
 @torch.no_grad()
 def knn_predict(queries, bank, labels, k, temperature, num_classes):
-    """Classes [Q], int64, of queries float [Q, D] by a vote of the k nearest rows of bank float [N, D],
+    """Predicted classes, int64 [Q], of queries float [Q, D] by a vote of the k nearest rows of the bank float [N, D],
     whose classes are labels int64 [N]. Raises ValueError unless 1 <= k <= N."""
     if not 1 <= k <= len(bank):
         raise ValueError(f"k is {k}, but the bank has {len(bank)} rows")
@@ -42,16 +66,18 @@ def knn_predict(queries, bank, labels, k, temperature, num_classes):
 
 
 @torch.no_grad()
-def knn_accuracy(backbone, data, autocast):
-    """Top-1 accuracies on all test pictures of `data`, in percent, for k = 1 and k = 200 (or the whole
-    bank where it is smaller), both from one search."""
-    bank = extract_features(backbone, data.train_images, autocast)
-    queries = extract_features(backbone, data.test_images, autocast)
+def knn_accuracy(backbone, data, autocast, check=lambda: None):
+    """Top-1 accuracy on all test images in percent, for k = 1 and k = 200 (at most the bank), from one search."""
+    bank = extract_features(backbone, data.train_images, autocast, check=check)
+    queries = extract_features(backbone, data.test_images, autocast, check=check)
     predicted = [
         (data.train_labels[indices[:, 0]],
          vote(similarities, data.train_labels[indices], TEMPERATURE, len(data.classes)))
         for similarities, indices in nearest(queries, bank, min(K, len(bank)))
     ]
-    return tuple(
-        100 * (torch.cat(classes) == data.test_labels).double().mean().item() for classes in zip(*predicted)
-    )
+    return tuple(accuracy(torch.cat(classes), data.test_labels) for classes in zip(*predicted))
+
+
+def accuracy(predicted, labels):
+    """Share of correct predictions in percent."""
+    return 100 * (predicted == labels).double().mean().item()

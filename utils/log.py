@@ -1,94 +1,100 @@
-"""log.jsonl: one JSON object a line, one line an epoch; and a table of runs from it.
+"""log.jsonl: one JSON object a line, one line an epoch; and a table of runs from their logs:
 
-    python -m utils.log FOLDER...        # prints the last figures of each run
+    python -m utils.log FOLDER...
 """
 import json
 import os
 
-from utils import checkpoint
+from utils.checkpoint import read_json
 from utils.cli import Parser
 
 LOG = "log.jsonl"
-OF_SEEDS = "test_top1_of_seeds"  # the one figure of a line that is a list
 
 
-def append(folder, record):
-    """Add one line to the folder's log, on the disk when this returns; a line that a killed run left unfinished is
-    closed first. Raises OSError that names the file."""
+def append(folder, records):
+    """Append lines to the log and flush them to the disk. All or none: raises OSError that names the file."""
     path = os.path.join(folder, LOG)
+    content = "".join(f"{json.dumps(record)}\n" for record in records).encode()
     try:
-        with open(path, "ab+") as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(0, end - 1))
-            torn = file.read(1) not in (b"", b"\n")
-            file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with open(path, "ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                if file.write(content) < len(content):  # what a disk has room for
+                    raise OSError("disk full")
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)
+                raise
     except OSError as error:
         raise OSError(f"{path} could not be written ({error.strerror or error})") from error
 
 
-def write_json(path, content):
-    """Write a JSON file, whole or not at all. Raises OSError that names it."""
-    checkpoint.write(path, f"{json.dumps(content, indent=2)}\n".encode())
-
-
-def read_json(path):
-    """What is in a JSON file. Raises OSError, and ValueError for a file that is none."""
-    try:
-        with open(path) as file:
-            return json.load(file)
-    except ValueError as error:  # also bytes that are no text
-        raise ValueError(f"{path}: no JSON ({error})") from error
+def truncate(folder, epoch):
+    """Drop the lines after an epoch, which a resumed run writes again, and an unfinished last line."""
+    with open(os.path.join(folder, LOG), "rb+") as file:
+        end = 0
+        for line in file:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["epoch"] > epoch:
+                    break
+            except (ValueError, KeyError, TypeError):
+                break
+            end += len(line)
+        file.truncate(end)
 
 
 def read(folder, empty=False):
-    """The log as a list of dicts, by epoch. An epoch that a resumed run did again counts once, as it was
-    last written; an unfinished line does not count. Raises OSError if there is no log, and, unless it may be empty,
-    ValueError if it has no epoch; ValueError if a figure is no number."""
+    """The log as a list of dicts of numbers, by epoch; an unfinished last line is ignored.
+
+    Raises OSError without a log, and ValueError if it is not one or, unless `empty`, has no epoch.
+    """
     path = os.path.join(folder, LOG)
-    records = {}
     if not os.path.exists(path):
-        raise FileNotFoundError(f"{folder}: no {LOG} in it; a run's folder is needed")
-    with open(path, errors="replace") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(record, dict) and isinstance(record.get("epoch"), int):
-                for name, value in record.items():
-                    if not isinstance(value, (int, float)) and name != OF_SEEDS:
-                        raise ValueError(f"{path}: epoch {record['epoch']}: {name} is {value!r:.50} and not a number")
-                records[record["epoch"]] = record
+        raise FileNotFoundError(f"{folder}: no {LOG}; not a run's folder")
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = [line for line in file if line.endswith("\n")]
+    try:
+        records = [json.loads(line) for line in lines]
+        records = sorted({record["epoch"]: record for record in records}.values(), key=lambda record: record["epoch"])
+        if not all(isinstance(value, (int, float)) for record in records for value in record.values()):
+            raise ValueError("not a number")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not the log of a run ({error})") from error
     if not records and not empty:
-        raise ValueError(f"{path!r}: no epoch in it")
-    return [records[epoch] for epoch in sorted(records)]
+        raise ValueError(f"{path}: no epoch yet")
+    return records
 
 
 def last(records, key):
-    """The last value of `key` in the records and its epoch, or None and None."""
-    for record in reversed(records):
-        if key in record:
-            return record[key], record["epoch"]
-    return None, None
+    """The last value of `key` in the records, or None."""
+    return next((record[key] for record in reversed(records) if key in record), None)
+
+
+def figures(records):
+    """The newest figures of a pre-training in words, short enough to stand beside a bar; '' if there are none."""
+    if "loss" not in (records or [{}])[-1]:
+        return ""
+    knn = last(records, "knn200")
+    return (f"loss {records[-1]['loss']:.4f}, std {records[-1]['std']:.3f}, "
+            + (f"kNN {knn:.2f} %, " if knn is not None else "") + f"{records[-1]['views_per_s']:,.0f} views/s")
 
 
 def summarize(folder):
-    """One line of text on a run of main.py or main_lincls.py."""
+    """The last figures of a run as a dict: what to print and what to put into tables."""
     records = read(folder)
-    if any("test_top1" in record for record in records):
-        final, epoch = last(records, "test_top1")
-        return f"linear top-1 {final:.2f} % (epoch {epoch})"
-    parts = [f"epoch {records[-1]['epoch']}"]
-    for key, label, form in (
-        ("loss", "loss", ".4f"), ("std", "std", ".3f"), ("knn1", "kNN k=1", ".2f"), ("knn200", "k=200", ".2f"),
-    ):
-        value, _ = last(records, key)
-        untrained, _ = last([record for record in records if record["epoch"] == 0], key)
-        if value is not None:
-            parts.append(f"{label} {value:{form}}" + ("" if untrained is None else f" (untrained {untrained:{form}})"))
-    return "  ".join(parts)
+    path = os.path.join(folder, "config.json")
+    config = read_json(path) if os.path.exists(path) else {}
+    figures = {"epoch": records[-1]["epoch"]}
+    figures |= {
+        key: value for key in ("loss", "std", "knn1", "knn200", "train_loss", "test_top1") if
+        (value := last(records, key)) is not None
+    }
+    if records[0]["epoch"] == 0:
+        figures["untrained knn200"] = records[0]["knn200"]
+    if "test_top1" in figures:
+        figures["best_top1"] = max(record["test_top1"] for record in records)
+    seconds = records[-1].get("time") or sum(record.get("seconds", 0) for record in records)
+    return figures | {"minutes": seconds / 60, "device": config.get("device", "")}
 
 
 def make_parser():
@@ -100,8 +106,13 @@ def make_parser():
 def main(argv=None):
     parser = make_parser()
     folders = parser.parse_args(argv).folders
-    width = max(len(folder) for folder in folders)
-    parser.for_each(folders, lambda folder: print(f"{folder:{width}}  {summarize(folder)}"))
+    with parser.user_errors():
+        rows = {folder: summarize(folder) for folder in folders}
+    keys = list(dict.fromkeys(key for row in rows.values() for key in row))
+    print(f"| run | {' | '.join(keys)} |\n| {' | '.join(['---'] * (len(keys) + 1))} |")
+    for folder, row in rows.items():
+        cells = [f"{row[key]:.2f}" if isinstance(row.get(key), float) else str(row.get(key, "–")) for key in keys]
+        print(f"| {os.path.basename(os.path.normpath(folder))} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

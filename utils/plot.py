@@ -1,236 +1,195 @@
-"""Figures of runs, from their log.jsonl.
+"""Figures of runs, from their logs.
 
-    python -m utils.plot FOLDER                      # again, in the run's folder
+    python -m utils.plot FOLDER                      # one run, in its own folder
     python -m utils.plot FOLDER... --output DIR      # several runs in common figures
 
-Runs that differ in the seed alone are drawn as their mean, with a band of one standard deviation.
+Runs whose folder names differ only in a final seedN are drawn as their mean with a band of one standard deviation.
 """
+import contextlib
 import os
+import re
+import statistics
 
 import torch
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib import style
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from utils import log
+from utils.augment import denormalize
 from utils.cli import Parser
 from utils.metrics import collapse_std
-from utils.plot_features import plot_confusion
-from utils.published import KNN, LINEAR
-from utils.run import RESULTS
-from utils.runs import is_linear, read_lines, spread
-from utils.style import COLORS, DASHES, FORMATS, GRAY, drawing, make_folder, plain_numbers
+from utils.run import RESULTS, checkpoint, read_config
 
-MANY = 3  # lines, beyond which a figure shows its first key only
+# Okabe and Ito's palette, for any color vision, in an order whose neighbors differ in lightness too.
+COLORS = ("#0072b2", "#d55e00", "#56b4e9", "#000000", "#009e73", "#e69f00", "#cc79a7")
+GRAY = "0.45"
+STYLE = {
+    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
+    "legend.fontsize": 8, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True, "lines.linewidth": 1.6, "savefig.dpi": 200,
+}
+MOST_NAMED = 20                           # more classes have no room for their names
+PAPER = {"knn200": 90.0, "test_top1": 91.8}  # CIFAR-10, width 64, 800 epochs; kNN read off Fig. D.1
 
-LOSSES = {"cosine": "negative cosine similarity", "cross_entropy": "cross-entropy"}  # by the similarity
-
-# The figures of a run, in the order of a report: name, what it is.
-TITLES = {
-    "loss-plot": "loss", "top1-acc": "top-1 accuracy", "std": "std·√d of the outputs", "learning-rate": "learning rate", "throughput": "throughput",
+# The figures: the log keys in each, with their words, and the label of the y axis.
+FIGURES = {
+    "loss-plot": ({"loss": "loss", "train_loss": "training loss"}, "loss"),
+    "top1-acc": ({"knn200": "kNN, k = 200", "knn1": "kNN, k = 1", "test_top1": "linear, test",
+                  "train_top1": "linear, training batches"}, "top-1 accuracy (%)"),
+    "std": ({"std": "std"}, "std of l2-normalized z, × √d"),
 }
 
 
-# ---------------------------------------------------------------------------------------------------
-# Curves
+@contextlib.contextmanager
+def figure(folder, name, width=4.2, height=3.0, layout="constrained"):
+    """A matplotlib figure (inches) to draw into, saved as folder/name.png at the end. Raises OSError."""
+    with style.context(["default", STYLE]):
+        drawn = Figure(figsize=(width, height), layout=layout)
+        yield drawn
+        drawn.savefig(os.path.join(folder, f"{name}.png"))
 
 
-def curve(axes, runs, key, label, color, dash, marker):
-    """Draw `key` over the epochs: one run's, or the mean of several with a band and thin lines for each of them, which go on
-    where others have ended."""
-    epochs, means, deviations = spread(runs, key)
-    axes.plot(epochs, means, label=label, color=color, linestyle=dash, marker=marker if len(epochs) <= 30 else None)
-    if any(deviations):
-        low, high = ([mean + sign * std for mean, std in zip(means, deviations)] for sign in (-1, 1))
-        axes.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
-    for records in runs if len(runs) > 1 else ():
-        points = [(record["epoch"], record[key]) for record in records if key in record]
-        if points:
-            axes.plot(*zip(*points), color=color, linestyle=dash, linewidth=0.6, alpha=0.6)
+def printable(name):
+    """A folder's name as matplotlib can show it, at most 40 characters."""
+    name = "".join(c if c.isprintable() else "?" for c in name.encode(errors="backslashreplace").decode())
+    return name[:40].replace("$", r"\$")
 
 
-def curves(axes, lines, keys):
-    """Draw the keys, a dict of their words, of all lines. A line by itself has a color and dashes for each key; several lines
-    have a color each, and dashes for their keys, or, with one key, for themselves."""
-    for i, line in enumerate(lines):
-        for j, (key, words) in enumerate(keys.items()):
-            alone, single = len(lines) == 1, len(keys) == 1
-            parts = [line.label] * (not alone) + [words] * (not single)
-            color, dash = j if alone else i, i + i // len(COLORS) if single and not alone else j  # beyond the colors, others' dashes
-            curve(axes, line.runs, key, ", ".join(parts) or None, COLORS[color % len(COLORS)], DASHES[dash % len(DASHES)], "os"[j % 2])
+def group_seeds(runs):
+    """{folder: records} -> {label: list of records}: runs whose names differ only in a final seedN together."""
+    groups = {}
+    for folder, records in runs.items():
+        name = os.path.basename(os.path.abspath(folder))
+        groups.setdefault(printable(re.sub(r"[-_]?seed\d+(?=-linear$|$)", "", name) or name), []).append(records)
+    return groups
 
 
-def subtitle(lines):
-    """What all lines have in common, in words, and what a band is."""
-    parts = []
-    for name, words in (("arch", "{}"), ("width", "width {}"), ("dataset", "{}"), ("train_size", "{:,} pictures"), ("batch_size", "batch {}"), ("epochs", "{} epochs")):
-        values = {line.settings.get(name) for line in lines}
-        if len(values) == 1 and None not in values:
-            parts.append(words.format(*values))
-    has_band = any(len(line.runs) > 1 or any("test_top1_std" in record for record in line.runs[0]) for line in lines)
-    return ", ".join(parts) + "; band: ± 1 std" * has_band
+def curve(axes, runs, key, **look):
+    """Draw `key` over the epochs: the mean of several runs with a band of one standard deviation."""
+    values = [{record["epoch"]: record[key] for record in records if key in record} for records in runs]
+    epochs = sorted(set.intersection(*map(set, values)))
+    columns = [[of_run[epoch] for of_run in values] for epoch in epochs]
+    means = [statistics.fmean(column) for column in columns]
+    axes.plot(epochs, means, marker="o" if len(epochs) <= 30 else None, markersize=3, **look)
+    if len(runs) > 1:
+        stds = [statistics.stdev(column) for column in columns]
+        low, high = ([mean + sign * std for mean, std in zip(means, stds)] for sign in (-1, 1))
+        axes.fill_between(epochs, low, high, color=look["color"], alpha=0.2, linewidth=0)
 
 
-def dress(axes, lines, title, ylabel):
-    """Titles and axes, and a legend where there are labels."""
-    title = title if len(lines) > 1 else f"{title}, {lines[0].label}"
-    axes.set_title(title, loc="left", pad=16)
-    axes.annotate(subtitle(lines), (0, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", color=GRAY, fontsize=7.5)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel(ylabel)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    if axes.get_legend_handles_labels()[0]:
-        if len(lines) == 1:
-            axes.legend()
-        else:  # below: there is no free corner
-            axes.figure.legend(loc="outside lower left")
+def level(axes, y, words):
+    """A labeled horizontal line."""
+    axes.axhline(y, color=GRAY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+    axes.annotate(words, (1, y), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
+                  color=GRAY, fontsize=7.5)
 
 
-# ---------------------------------------------------------------------------------------------------
-# The figures
-
-
-def level(axes, y, words, dash=(0, (4, 3)), below=False):
-    """A horizontal line across the axes, labeled above or below."""
-    axes.axhline(y, color=GRAY, linewidth=0.9, linestyle=dash, zorder=1)
-    axes.annotate(
-        words, (1, y), (0, -3 if below else 4), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
-        va="top" if below else "baseline", color=GRAY, fontsize=7.5,
-    )
-
-
-def mark_collapse(axes, settings):
-    """A line at the std below which runs of these settings have collapsed, if it is the same for all."""
-    stds = {collapse_std(each.get("batch_size", 512), each.get("head_bn", "default")) for each in settings}
-    if len(stds) == 1:
-        std = stds.pop()
-        level(axes, std, f"{std:.2g}: below, collapse", "-")
-
-
-def apart(values, distance):
-    """Heights for labels at these values, moved as little as needed to be `distance` from each other: in the values' order."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    blocks = []  # of labels that touch: the indices, and the middle of them
-    for i in order:
-        blocks.append(([i], values[i]))
-        while len(blocks) > 1 and blocks[-1][1] - blocks[-2][1] < distance * (len(blocks[-1][0]) + len(blocks[-2][0])) / 2:
-            (first, a), (second, b) = blocks.pop(-2), blocks.pop()
-            joined = first + second
-            blocks.append((joined, (a * len(first) + b * len(second)) / len(joined)))
-    heights = [0.0] * len(values)
-    for members, middle in blocks:
-        for place, i in enumerate(members):
-            heights[i] = middle + distance * (place - (len(members) - 1) / 2)
-    return heights
-
-
-def mark_published(axes, points, by_epochs):
-    """Published end points as labeled marks at the right edge, or, by_epochs, where their epochs of pre-training are if the axis
-    reaches so far."""
-    low, high = axes.get_ylim()[0], 100
-    axes.set_ylim(low, high)
-    axes.set_xlim(*axes.get_xlim())  # the marks do not stretch it
-    end = axes.get_xlim()[1]
-    line = (high - low) / 20  # the height of a label
-    heights = apart([point.top1 for point in points], line)
-    lower = max(0, max(heights) + 2 * line - high)  # to keep clear of what is above the axes
-    heights = [height - lower for height in heights]
-    for point, height in zip(points, heights):
-        reached = by_epochs and point.epochs <= end
-        words = f"{point.source}: {point.top1:g}" + ("" if point.epochs == 800 else f", {point.epochs} ep.")
-        axes.annotate(
-            words, (point.epochs if reached else end, point.top1), (1.07, height), xycoords="data", textcoords=("axes fraction", "data"),
-            va="center", fontsize=7, color="0.2", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": GRAY, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5), "patchA": None},
-        )
-        axes.plot([point.epochs if reached else end], [point.top1], "D", color="0.2", markersize=3.5, clip_on=False, zorder=3)
-    axes.text(
-        1.07, max(heights) + 0.6 * line, "published: width 64,\n800 epochs", transform=axes.get_yaxis_transform(), fontsize=7, color=GRAY, va="bottom",
-        linespacing=1,
-    )
-
-
-def plot_runs(folders, output, formats=FORMATS):
-    """Draw the figures of runs of main.py or main_lincls.py into the folder `output`; returns their names. Raises
-    OSError, and ValueError where a folder has no log."""
-    lines = read_lines(folders)
-    on_cifar10 = all(line.settings.get("dataset") == "cifar10" for line in lines)
-    linear = is_linear(lines[0].runs[0])
-    similarities = {line.settings.get("similarity", "cosine") for line in lines}
-    similarity = similarities.pop() if len(similarities) == 1 else None
-    drawn = []
-
-    def figure_of(name, keys, ylabel, finish=lambda axes: None):
-        keys = {
-            key: words for key, words in keys.items()
-            if any(key in record for line in lines for records in line.runs for record in records)
-        }
-        if not keys:
-            return
-        if len(lines) > MANY:
-            keys = dict(list(keys.items())[:1])
-        labels = len(lines) * len(keys) if len(lines) > 1 else 0
-        with drawing(output, name, height=3.0 + 0.19 * labels, formats=formats) as figure:  # as much as a label below takes
-            axes = figure.subplots()
-            curves(axes, lines, keys)
-            low, high = axes.get_xlim()
-            if high - low < 1:  # a single epoch
-                axes.set_xlim((low + high) / 2 - 1, (low + high) / 2 + 1)
-            finish(axes)
-            dress(axes, lines, TITLES[name], ylabel)
-        drawn.append(name)
-
-    def finish_loss(axes):
-        if similarity == "cosine":
-            axes.set_ylim(-1.1, max(0.02, axes.get_ylim()[1]))
-            level(axes, -1, "−1: both views' outputs are one", "-", below=True)
-
-    def finish_training_loss(axes):
-        values = [value for drawn in axes.get_lines() for value in drawn.get_ydata()]
-        if min(values) > 0 and max(values) > 100 * min(values):
-            axes.set_yscale("log")
-            plain_numbers(axes.yaxis)
-
-    def finish_std(axes):
+def mark_levels(axes, name, keys, settings):
+    """What a figure's values are to be compared with: the settings are those of the runs in it."""
+    if name == "std":
         axes.set_ylim(0, max(1.15, axes.get_ylim()[1]))
-        level(axes, 1, "1: spread evenly over the sphere")
-        mark_collapse(axes, [line.settings for line in lines])
+        level(axes, 1, "1: spread over the whole sphere")
+        limits = {collapse_std(each.get("batch_size", 512), each.get("head_bn", "default")) for each in settings}
+        for limit in limits if len(limits) == 1 else ():
+            level(axes, limit, f"{limit:.2g}: collapsed below")
+    if name == "top1-acc" and all(each.get("dataset") == "cifar10" for each in settings):
+        key = next(key for key in PAPER if key in keys)
+        axes.set_ylim(None, 100)
+        level(axes, PAPER[key], f"paper, width 64, 800 epochs: {PAPER[key]:g}")
 
-    def finish_speed(axes):
-        axes.set_ylim(0, None)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
-    def finish_accuracy(axes):
-        if on_cifar10:
-            mark_published(axes, LINEAR if linear else KNN, not linear)
-
-    if linear:
-        figure_of("loss-plot", {"train_loss": "training loss"}, "cross-entropy", finish_training_loss)
-        figure_of("top1-acc", {"test_top1": "test", "train_top1": "training batches"}, "linear top-1 (%)", finish_accuracy)
-    else:
-        figure_of("loss-plot", {"loss": "loss"}, LOSSES.get(similarity, "loss"), finish_loss)
-        figure_of("top1-acc", {"knn200": "k = 200", "knn1": "k = 1"}, "kNN top-1 (%)", finish_accuracy)
-        figure_of("std", {"std": "std·√d"}, "std of l2-normalized z, × √d", finish_std)
-        figure_of("throughput", {"views_per_s": "views/s"}, "views/s", finish_speed)
-    figure_of("learning-rate", {"lr": "rate"}, "learning rate")
+def plot_runs(folders, output):
+    """Draw the figures of runs of main.py or main_lincls.py as PNG files in `output`; returns their names. Raises
+    OSError and ValueError for a folder without a log."""
+    runs = {folder: log.read(folder) for folder in folders}
+    settings = [read_config(folder)["settings"] for folder in folders if os.path.exists(f"{folder}/config.json")]
+    drawn = []
+    for name, (words, ylabel) in FIGURES.items():
+        keys = [key for key in words if any(key in record for records in runs.values() for record in records)]
+        if not keys or name == "top1-acc" and not {"knn200", "test_top1"} & set(keys):
+            continue
+        groups = group_seeds(runs)
+        if len(groups) > 1:
+            keys = keys[:1]
+        with figure(output, name, height=3.0 + 0.19 * (len(groups) > 1) * len(groups)) as drawing:
+            axes = drawing.subplots()
+            for i, (label, group) in enumerate(groups.items()):
+                for j, key in enumerate(keys):
+                    color = COLORS[(i + j) % len(COLORS)]
+                    curve(axes, group, key, color=color, linestyle=("-", "--")[j % 2],
+                          label=words[key] if len(groups) == 1 else label)
+            mark_levels(axes, name, keys, settings)
+            axes.set(xlabel="epoch", ylabel=ylabel, title=words[keys[0]] if len(groups) > 1 else next(iter(groups)))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+            if len(groups) > 1:
+                drawing.legend(loc="outside lower left")
+            elif len(keys) > 1:
+                axes.legend()
+        drawn.append(name)
     return drawn
 
 
-def plot_results(folder, output, formats=FORMATS):
-    """Draw the confusion of classes of a folder's results.json, if it has one, into `output`; returns the figures' names."""
-    path = os.path.join(folder, RESULTS)
-    if not os.path.exists(path):
-        return []
-    results = log.read_json(path)
-    if not isinstance(results, dict) or not {"confusion", "class_top1"} <= results.keys():
-        raise ValueError(f"{path}: not the results of main_lincls.py")
-    plot_confusion(output, torch.tensor(results["confusion"]), list(results["class_top1"]), formats=formats)
-    return ["confusion"]
-
-
 def plot_run(folder):
-    """All figures of one run, in its own folder."""
+    """Draw all figures of one run into its own folder."""
     if log.read(folder, empty=True):
         plot_runs([folder], folder)
-    plot_results(folder, folder)
+    path = os.path.join(folder, RESULTS)
+    if os.path.exists(path):
+        results = checkpoint.read_json(path)
+        plot_confusion(folder, torch.tensor(results["confusion"]), list(results["class_top1"]))
+
+
+def plot_confusion(folder, confusion, classes, name="confusion"):
+    """Draw which classes are taken for which. confusion: counts int64 [C, C], true classes in rows."""
+    shares = (100 * confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
+    named = len(classes) <= MOST_NAMED
+    with figure(folder, name, *((4.6, 4.2) if named else (6.0, 5.4))) as drawing:
+        axes = drawing.subplots()
+        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100 if named else max(1, shares.max()))
+        axes.grid(False)
+        if named:
+            axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right", rotation_mode="anchor")
+            axes.set_yticks(range(len(classes)), classes)
+            for (row, column), share in ((index, shares[index]) for index in torch.cartesian_prod(
+                *[torch.arange(len(classes))] * 2).tolist() for index in [tuple(index)]):
+                axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=7.5,
+                          color="white" if share > 55 else "black")
+        axes.set(xlabel="predicted class", ylabel="true class")
+        drawing.colorbar(image, label="% of the true class", shrink=0.8)
+
+
+def plot_views(folder, images, views1, views2, draws1, draws2, columns=6):
+    """Draw views.png: images uint8 [B, 3, H, W] with the outlines of both crops, and the two normalized views of each,
+    with their Draws in words."""
+    names, views = ("brightness", "contrast", "saturation", "hue"), (views1, views2)
+    with figure(folder, "views", 1.4 * columns, 6.0) as drawing:
+        grid = drawing.subplots(3, columns, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
+        for column in range(min(columns, len(images))):
+            grid[0, column].imshow(images[column].permute(1, 2, 0).cpu().numpy())
+            for row, draws in enumerate((draws1, draws2)):
+                top, left, height, width = (int(field[column]) for field in draws[:4])
+                grid[0, column].add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False, linewidth=2,
+                                                    edgecolor=COLORS[row], clip_on=False))
+                words = [f"{height}×{width} at ({top}, {left})", "flip" * bool(draws.flip[column])]
+                for number in draws.order[column].tolist() if draws.jitter[column] else ():
+                    factor = float(draws.factors[column, number])
+                    words.append(f"hue {360 * factor:+.0f}°" if number == 3 else f"{names[number]} ×{factor:.2f}")
+                words.append("gray" * bool(draws.gray[column]))
+                axes = grid[row + 1, column]
+                axes.imshow(denormalize(views[row][column:column + 1])[0].permute(1, 2, 0).cpu().numpy())
+                axes.spines[:].set(visible=True, color=COLORS[row], linewidth=2)
+                axes.set_xlabel("\n".join(filter(None, words)), loc="left", fontsize=7)
+        for axes in grid.flat:
+            axes.grid(False)
+
+
+def make_parser():
+    parser = Parser(prog="python -m utils.plot", description=__doc__)
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a run's folder, with its log.jsonl")
+    parser.add_argument("--output", metavar="DIR", help="folder for the figures (default: that of the only run)")
+    return parser
 
 
 def main(argv=None):
@@ -238,21 +197,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     with parser.user_errors():
         if args.output is None and len(args.folders) > 1:
-            raise ValueError("several runs in common figures need --output DIR")
-        output = args.folders[0] if args.output is None else args.output
-        make_folder(output)
-        names = plot_runs(args.folders, output, args.format)
-        if len(args.folders) == 1:
-            names += plot_results(args.folders[0], output, args.format)
-        print(f"{output}: {', '.join(f'{name}.{ending}' for name in names for ending in args.format)}")
-
-
-def make_parser():
-    parser = Parser(prog="python -m utils.plot", description=__doc__)
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a run's folder, with its log.jsonl")
-    parser.add_argument("--output", metavar="DIR", help="where the figures go (default: the folder of the one run)")
-    parser.add_argument("--format", nargs="+", choices=("png", "svg", "pdf"), default=list(FORMATS), help="of the files")
-    return parser
+            raise ValueError("several runs require --output DIR")
+        output = args.output or args.folders[0]
+        os.makedirs(output, exist_ok=True)
+        print(f"{output}: {', '.join(f'{name}.png' for name in plot_runs(args.folders, output))}")
 
 
 if __name__ == "__main__":

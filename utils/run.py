@@ -1,64 +1,55 @@
-"""The folder of a run: made, locked, and written to as far as the disk allows."""
+"""A run's folder: created or found by --resume, locked, and written."""
+import contextlib
 import datetime
 import fcntl
-import math
+import itertools
 import os
 import platform
+import shutil
 import subprocess
 import sys
-import time
 
 import numpy
 import torch
 import torchvision
 
 from utils import checkpoint, log
-from utils.board import Board
-from utils.cli import warn
+from utils.cli import info, say, warn
 from utils.device import describe
 
-CHECKPOINT, BACKBONE, CONFIG, UNTRAINED = "checkpoint.pt", "backbone.pt", "config.json", "untrained.pt"
-DRAWING_SHARE, PAGE_SECONDS = 0.01, 20  # of figures while a run goes on; from one page to the next
-RUNNING = "Running"
-EVALUATION_CHECKPOINT, RESULTS = "evaluation.pt", "results.json"  # what main_lincls.py resumes from, and its results
-
-
-def new_run_folder(exp_dir, trial=None):
-    """Make exp_dir/trial, or for None the next free number from 1 on; returns the path.
-
-    Raises ValueError if the trial exists or is not a plain folder name, OSError where it cannot be made.
-    """
-    path = None if trial is None else run_folder(exp_dir, trial)
-    try:
-        os.makedirs(exp_dir, exist_ok=True)
-        if path is not None:
-            os.mkdir(path)
-            return path
-        number = 1 + max((int(name) for name in os.listdir(exp_dir) if name.isdecimal()), default=0)
-        while True:
-            path = os.path.join(exp_dir, str(number))
-            try:
-                os.mkdir(path)
-                return path
-            except FileExistsError:  # another run took the number in between
-                number += 1
-    except FileExistsError:
-        if not os.path.isdir(exp_dir):
-            raise OSError(f"--exp_dir {exp_dir!r} is not a folder") from None
-        raise ValueError(f"--trial {trial}: {path} exists; take another name, or go on with it by --resume") from None
-    except OSError as error:
-        raise OSError(f"no run folder can be made in --exp_dir {exp_dir!r} ({error.strerror}); take another --exp_dir") from error
+CONFIG, BACKBONE, CHECKPOINT, UNTRAINED = "config.json", "backbone.pt", "checkpoint.pt", "untrained.pt"
+EVALUATION, RESULTS = "evaluation.pt", "results.json"  # what main_lincls.py resumes from, and what it found
+FORMAT = 2                                             # of the checkpoints
+PROCESS = ("gpu", "resume", "max_minutes", "quiet")    # settings of a process, not of the run
 
 
 def run_folder(exp_dir, trial):
     """The path of a trial. Raises ValueError unless it is a plain folder name."""
     if trial in ("", ".", "..") or os.path.basename(trial) != trial:
-        raise ValueError(f"--trial {trial!r}: a plain folder name is needed, without slashes")
+        raise ValueError(f"--trial {trial!r} is not a plain folder name")
     return os.path.join(exp_dir, trial)
 
 
+def new_folder(exp_dir, trial=None):
+    """Create exp_dir/trial, or for None the next free number from 1; returns the path.
+
+    Raises ValueError if the trial exists or is not a plain folder name, OSError if it cannot be created.
+    """
+    try:
+        os.makedirs(exp_dir, exist_ok=True)
+        number = max((int(name) for name in os.listdir(exp_dir) if name.isdecimal()), default=0)
+        for name in [trial] if trial is not None else map(str, itertools.count(number + 1)):
+            path = run_folder(exp_dir, name)
+            with contextlib.suppress(FileExistsError):  # of a number: another run has just taken it
+                os.mkdir(path)
+                return path
+    except OSError as error:
+        raise OSError(f"--exp_dir {exp_dir!r}: a run's folder cannot be created ({error.strerror})") from error
+    raise ValueError(f"--trial {trial}: {path} exists; choose another name, or --resume it")
+
+
 def git_commit():
-    """The commit of the code that runs, '-dirty' after it where tracked files differ, or None outside git."""
+    """The commit of the running code, with '-dirty' if tracked files differ; None outside git."""
     here = os.path.dirname(os.path.abspath(__file__))
     command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
@@ -68,135 +59,223 @@ def git_commit():
 
 
 def write_config(folder, settings, device):
-    """Write config.json: argv, every setting, git commit, date, versions and device."""
-    config = {
-        "argv": sys.argv,
-        "settings": settings,
-        "commit": git_commit(),
-        "date": datetime.date.today().isoformat(),
-        "device": describe(device),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "numpy": numpy.__version__,
-            "cuda": torch.version.cuda if device.type == "cuda" else None,
-        },
-    }
-    log.write_json(os.path.join(folder, CONFIG), config)
+    """Write config.json: argv, all settings, commit, date, device, versions."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "torchvision": torchvision.__version__, "numpy": numpy.__version__,
+                "cuda": torch.version.cuda if device.type == "cuda" else None}
+    checkpoint.write_json(os.path.join(folder, CONFIG), {
+        "argv": sys.argv, "settings": settings, "commit": git_commit(), "date": datetime.date.today().isoformat(),
+        "device": describe(device), "versions": versions,
+    })
 
 
 def read_config(folder):
-    """What write_config wrote. Raises OSError, and ValueError for a file that is not that."""
+    """The content of config.json. Raises OSError, and ValueError if it is not a run's."""
     path = os.path.join(folder, CONFIG)
-    config = log.read_json(path)
-    parts = {"argv": list, "settings": dict, "device": str, "versions": dict}
-    if not isinstance(config, dict) or "commit" not in config or not all(isinstance(config.get(part), of) for part, of in parts.items()):
-        raise ValueError(f"{path}: not a run's settings; there have to be {', '.join(parts)} and commit")
-    if not {"arch", "dataset", "data_root", "epochs"} <= config["settings"].keys():
-        raise ValueError(f"{path}: not the settings of a run of main.py or main_lincls.py")
+    config = checkpoint.read_json(path)
+    if not (isinstance(config, dict) and isinstance(config.get("settings"), dict)
+            and {"arch", "dataset", "data_root"} <= config["settings"].keys()):
+        raise ValueError(f"{path}: not the settings of a run")
     return config
 
 
+def find_run(parser, args, argv, name, parts, may_change):
+    """What --resume means: the settings, the folder, and the state in its checkpoint; None for a new run.
+
+    args: the settings typed, argv their words. name: of the checkpoint file. parts: its keys. may_change: settings that
+    a resumed run may change. A damaged checkpoint that 'auto' finds is replaced by the previous one, with a warning.
+    Raises ValueError and OSError for what cannot be resumed.
+    """
+    if args.resume is None:
+        return args, None, None
+    folder, path = os.path.dirname(args.resume) or ".", args.resume
+    if args.resume != "auto" and args.trial is not None:
+        raise ValueError("--resume PATH continues in the folder of PATH; omit --trial")
+    if args.resume == "auto":
+        folder = latest_run(name, args.exp_dir) if args.trial is None else run_folder(args.exp_dir, args.trial)
+        path = os.path.join(folder or "", name)
+        if folder is None or not (os.path.exists(path) or os.path.exists(checkpoint.previous_path(path))):
+            info(f"nothing to resume in {folder or args.exp_dir}: starting a new run")
+            return args, unfinished_start(folder), None
+    try:
+        state = load_state(path, parts)
+    except (ValueError, OSError) as error:
+        previous = checkpoint.previous_path(path)
+        if args.resume != "auto" or not os.path.exists(previous):
+            raise
+        state = load_state(previous, parts)
+        warn(f"{error}; resuming from {previous}, epoch {state['epoch']}")
+    return resumed_args(parser, argv, state, may_change), folder, state
+
+
+def latest_run(name, exp_dir):
+    """The folder in exp_dir whose checkpoint was written last, or None."""
+    paths = [os.path.join(exp_dir, run, file) for run in (os.listdir(exp_dir) if os.path.isdir(exp_dir) else [])
+             for file in (name, checkpoint.previous_path(name))]
+    latest = max(filter(os.path.exists, paths), key=os.path.getmtime, default=None)
+    return latest and os.path.dirname(latest)
+
+
+def unfinished_start(folder):
+    """The folder if it exists: of a run that was killed before its first checkpoint. Raises ValueError for another."""
+    if folder is None or not os.path.lexists(folder):
+        return None
+    path = os.path.join(folder, log.LOG)
+    if not os.path.isdir(folder) or os.path.exists(path) and os.path.getsize(path):
+        raise ValueError(f"{folder} exists and has no checkpoint to resume; choose another --trial")
+    return folder
+
+
+def load_state(path, parts):
+    """Load a checkpoint with these parts. Raises ValueError if it is another file, or of another version."""
+    state = checkpoint.load(path)
+    if not (isinstance(state, dict) and isinstance(state.get("config"), dict)):
+        raise ValueError(f"{path}: not a checkpoint to resume")
+    if state.get("format") != FORMAT:
+        raise ValueError(f"{path}: written by another version of this code (format {state.get('format')}, this one "
+                         f"reads {FORMAT}); {CONFIG} beside it names the commit")
+    missing = {"epoch", "machine", *parts} - state.keys()
+    if missing:
+        raise ValueError(f"{path}: not a checkpoint of this script, it has no {', '.join(sorted(missing))}")
+    return state | {"path": path}
+
+
+def resumed_args(parser, argv, state, may_change):
+    """The settings of a resumed run: the checkpoint's, and what is typed again of those that `may_change`. Raises
+    ValueError for any other setting that is typed with another value."""
+    saved = {name: value for name, value in state["config"].items() if name not in PROCESS}
+    parser.set_defaults(**saved)
+    args = parser.parse_args(argv)
+    for name, value in saved.items():
+        typed = getattr(args, name, value)
+        if typed != value and name not in may_change and (name, typed) != ("precision", "auto"):
+            raise ValueError(f"--{name} {typed}: the run to resume has {value}")
+    args.precision = saved["precision"]
+    return args
+
+
+def restore(state, device, **loaders):
+    """Pass each part of a checkpoint to its loader, and warn if it was written elsewhere. Raises ValueError that names
+    file and part if one does not fit."""
+    for part, load in loaders.items():
+        try:
+            load(state[part])
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{state['path']}: its {part} does not fit: {error}") from error
+    if state["machine"] != machine(device):
+        warn(f"the checkpoint was written with {state['machine']}, this is {machine(device)}: the run continues, but not "
+             "bit for bit as it would have there")
+
+
+def machine(device):
+    """What must be the same for a resumed run to be exact."""
+    return {"device": describe(device), "torch": str(torch.__version__)}
+
+
+class Run:
+    """A run's folder, locked for this process and written by a script. records: the lines of its log.
+
+    What cannot be written is a warning, and the run continues; the next checkpoint tries again. `unsaved` is why the
+    newest checkpoint is not on the disk, else None; saved_epoch is the epoch of the newest one that is.
+    """
+
+    def __init__(self, script, folder, epoch, tensorboard=False):
+        self.script, self.folder, self.lock = script, folder, lock(folder)
+        log.truncate(folder, epoch)
+        self.records, self.pending = log.read(folder, empty=True), []
+        self.unsaved, self.saved_epoch = None, epoch
+        self.board = None
+        if tensorboard:
+            self.board = summary_writer()(os.path.join(folder, "tensorboard"), purge_step=epoch + 1)
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def log(self, record):
+        """Append a line to log.jsonl."""
+        self.records.append(record)
+        self.pending.append(record)
+        self.attempt(self.write_pending)
+        if self.board is not None:
+            for name in record.keys() - {"epoch"}:
+                self.board.add_scalar(name, record[name], record["epoch"])
+            self.board.flush()
+
+    def write_pending(self):
+        log.append(self.folder, self.pending)
+        self.pending = []
+
+    def write(self, files, epoch):
+        """Write states by their file names, in order; the last one is the checkpoint. Raises OSError."""
+        if self.pending:
+            self.write_pending()
+        for i, (name, state) in enumerate(files.items(), 1):
+            checkpoint.save(self.path(name), state, keep_previous=i == len(files))
+        self.saved_epoch = epoch
+
+    def save(self, files, epoch):
+        self.attempt(self.write, files, epoch)
+
+    def attempt(self, write, *args):
+        try:
+            write(*args)
+            self.unsaved = None
+        except OSError as error:
+            self.unsaved = str(error)
+            warn(f"{error}; the run continues, the last checkpoint is of epoch {self.saved_epoch}")
+
+    def fail(self, message):
+        """Print an error. Returns the exit code of a run without a result."""
+        say(f"{self.script}: error: {message}", sys.stderr)
+        return 1
+
+    def draw(self, draw, *args):
+        """Call draw(folder, *args), which draws figures or a page. A run does not fail for want of them."""
+        try:
+            draw(self.folder, *args)
+        except Exception as error:  # of any type: anybody may have changed the files in the folder
+            warn(f"{self.folder}: no figures ({error})")
+
+
+def start_run(script, folder, args, device, files):
+    """A Run in a new folder (or in `folder`, left by a killed start), with config.json and the first files in it.
+
+    args: the script's settings. Raises ValueError and OSError, and then leaves no new folder.
+    """
+    if args.tensorboard:
+        summary_writer()
+    path = folder or new_folder(args.exp_dir, args.trial)
+    try:
+        run = Run(script, path, -1, args.tensorboard)
+        write_config(path, vars(args), device)
+        run.write(files, 0)
+    except OSError:
+        if folder is None:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+    return run
+
+
 def lock(folder):
-    """Take the folder for this process: an exclusive lock on its log, which the kernel drops when the process ends,
-    however it ends. Returns the open file, to be kept. Raises ValueError if another process has it."""
+    """Lock a run's log for this process; the kernel releases it when the process ends. Returns the open file.
+
+    Raises ValueError if another process has it.
+    """
     file = open(os.path.join(folder, log.LOG), "ab")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise ValueError(f"{folder}: another process is at work on this run; wait for its end or stop it") from None
+        raise ValueError(f"{folder}: another process is working on this run") from None
     except OSError as error:  # some network file systems have no locks
-        warn(f"{folder} cannot be locked ({error.strerror}); take care that no second process resumes this run")
+        warn(f"{folder} cannot be locked ({error.strerror}); make sure that no other process resumes this run")
     return file
 
 
-class RunWriter:
-    """Writes what a run leaves in its folder, and keeps other processes from doing so.
-
-    What cannot be written is warned of and the run goes on; the next occasion tries again. `unsaved` says why
-    the newest log line or weights are not on the disk, None if they are; `saved_epoch` is the epoch of the last
-    checkpoint that is. board: whether to write for TensorBoard too.
-    """
-
-    def __init__(self, folder, saved_epoch=None, board=False):
-        self.folder, self.lock = folder, lock(folder)
-        self.lines, self.unsaved, self.saved_epoch = [], None, saved_epoch
-        self.begin, self.page_written, self.drawing_seconds = time.monotonic(), -math.inf, 0.0
-        self.board = Board(folder, saved_epoch) if board else None
-
-    def path(self, name):
-        return os.path.join(self.folder, name)
-
-    def attempt(self, write, *args):
-        """Call write(*args), which raises OSError if it cannot."""
-        try:
-            if not os.path.isdir(self.folder):
-                os.makedirs(self.folder)
-                self.lock = lock(self.folder)
-                warn(f"{self.folder} was gone and is made again; what was in it is lost")
-            write(*args)
-            self.unsaved = None
-        except (OSError, ValueError) as error:  # ValueError: the folder made again has another owner
-            self.unsaved = str(error)
-            kept = "" if self.saved_epoch is None else f"; the last good checkpoint is of epoch {self.saved_epoch}"
-            warn(f"{error}{kept}; the run goes on")
-
-    def write_log(self):
-        while self.lines:
-            log.append(self.folder, self.lines[0])
-            del self.lines[0]
-
-    def log(self, record):
-        """Append a line to log.jsonl, and those before that could not be written."""
-        self.lines.append(record)
-        self.attempt(self.write_log)
-        self.show(Board.scalars, record)
-
-    def show(self, add, *args):
-        """Call add(board, *args) if there is one; a run does not fail for want of it."""
-        if self.board is not None:
-            try:
-                add(self.board, *args)
-            except Exception as error:  # of any kind, as above
-                warn(f"{self.folder}: nothing more for TensorBoard ({error})")
-                self.board = None
-
-    def read_log(self):
-        """The log's records so far; none if it cannot be read."""
-        try:
-            return log.read(self.folder, empty=True)
-        except (OSError, ValueError):
-            return []
-
-    def write(self, files, epoch):
-        """Write `files`, states by their names in the folder, in this order, or raise OSError. The last one is what a
-        run resumes from: it then repeats neither its log lines nor the files before. epoch: where the run stands."""
-        self.write_log()
-        for name, state in files.items():
-            checkpoint.save(self.path(name), state, keep_previous=name == CHECKPOINT)
-        self.saved_epoch = epoch
-
-    def save(self, files, epoch):
-        """`write`, as far as it can be done."""
-        self.attempt(self.write, files, epoch)
-
-    def draw(self, plot, *args):
-        """Call plot(folder, *args), which makes figures or a page; a run does not fail for want of them."""
-        try:
-            plot(self.folder, *args)
-        except Exception as error:  # of any kind: somebody may have changed what is in the folder
-            warn(f"{self.folder}: no figures ({error})")
-        self.show(Board.figures)
-        self.page_written = time.monotonic()
-
-    def show_progress(self, draw_run, write_report):
-        """While the run goes on: draw_run(folder, RUNNING) as long as that takes DRAWING_SHARE of the time, else
-        write_report(folder, RUNNING), which takes next to none, every PAGE_SECONDS."""
-        now = time.monotonic()
-        if self.drawing_seconds <= DRAWING_SHARE * (now - self.begin):
-            self.draw(draw_run, RUNNING)
-            self.drawing_seconds += time.monotonic() - now
-        elif now - self.page_written > PAGE_SECONDS:
-            self.draw(write_report, RUNNING)
+def summary_writer():
+    """TensorBoard's SummaryWriter. Raises ValueError if the package is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("--tensorboard requires the package tensorboard (pip install tensorboard)") from error
+    return SummaryWriter
