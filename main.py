@@ -309,6 +309,9 @@ def main(argv=None):
     set_quiet(args.quiet)
     with parser.user_errors():
         args, device, data, parts, run, state = set_up(parser, args, argv)
+    if state["epoch"] >= args.epochs:
+        say(f"{run.folder}: already finished, epoch {state['epoch']} of {args.epochs}")
+        return 0
     info(f"{run.folder}: {args.arch}, width {args.width}, {args.dataset}, {len(data.train_images)} images, "
          f"{describe(device)}, {args.precision}")
     if device.type == "cpu":

@@ -216,8 +216,9 @@ def evaluate(args, device, data, backbone, classifier, optimizer, run, state, st
         say("Interrupted." if args.evaluate else
             f"Interrupted. Resume with: python main_lincls.py --resume {shlex.quote(run.path(EVALUATION))}")
         return stop.exit_code
-    if not all(value.isfinite().all() for value in classifier.state_dict().values()):
-        return run.fail("the weights of the classifier are not finite; lower --lr")
+    losses, weights = [record["train_loss"] for record in run.records], classifier.state_dict().values()
+    if not (all(map(math.isfinite, losses)) and all(value.isfinite().all() for value in weights)):
+        return run.fail("the loss or the weights are not finite; lower --lr")
     moved = [name for name, value in backbone.state_dict().items() if not torch.equal(value, frozen[name])]
     if moved:
         raise AssertionError(f"the frozen backbone moved: {', '.join(moved)}")

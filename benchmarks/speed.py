@@ -1,123 +1,190 @@
-"""Speed and memory of this project's training beside the plain torchvision pipeline, measured in one run:
+"""Speed and memory of this repository beside a plain training script (benchmarks/plain.py):
 
     python benchmarks/speed.py
-    python benchmarks/speed.py --what memory --width 64 --batch 128 256 512 1024 --json FILE
-    python benchmarks/speed.py --switches compile fused
+    python benchmarks/speed.py --what end_to_end --precision bf16 --json speed.json
+    python benchmarks/speed.py --what memory --rounds 1 --steps 1 --width 64 --batch 256 512
+    python benchmarks/speed.py --profile profile.txt
 
-On a CUDA GPU it measures the full size (width 64, batch 512), on a CPU a small one, in less than 5 minutes on two cores.
-Each pipeline lives in a process of its own; the measurements take turns. The figures are medians, with the smallest and
-the largest; on CUDA it also says what the step reaches of the GPU's peak. With --switches it measures, instead of the plain
-pipeline, ours with each optimization turned the other way next to ours as it is.
+end_to_end  views per second of training: main.py's second epoch, and as many steps of plain.py after a warm-up
+memory      peak resident memory of training in MiB, without loader processes (CPU only)
+views       views per second of the augmentation alone
+knn         seconds to classify 10,000 features by the nearest 200 of 60,000, in 128 dimensions
 
-views         views a second, nothing else done                   step    views a second of the network's step alone
-end_to_end    views a second of training                          knn     seconds of a search, 10,000 in 60,000 features
-start         seconds from nothing to the end of the first step   memory  MiB at the peak of a training step
+Default: width 64 with batch 512 on a GPU; on a CPU width 16 with batch 512 and width 64 with batch 32, less than five
+minutes on two cores. The two programs take turns. Figures are medians, with the lowest and the highest.
 """
 import json
 import os
+import runpy
+import subprocess
 import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+ENVIRONMENT = dict(os.environ)  # for plain.py, without what utils adds
+
+import utils  # noqa: F401 (before torch)
 
 import torch
 import torchvision
 from tqdm import tqdm
 
-from benchmarks.measure import RATES, UNITS, Benchmark
-from benchmarks.switches import CPU_ONLY, CUDA_ONLY, SWITCHES, default_switches
-from benchmarks.worker import usable_cores
-from utils.cli import Parser, real_number, run, whole_number
-from utils.device import describe, select_device
+from benchmarks import plain
+from utils.augment import apply_two_views, draw_views, epoch_generator
+from utils.cli import Parser, add_device_options, run_script, whole_number
+from utils.device import describe, select_device, select_precision
+from utils.knn import knn_predict
 
-# What is measured by default: width, batch, what.
-FULL = [(64, 512, tuple(UNITS))]
-SMALL = [(16, 512, tuple(UNITS)), (64, 32, ("step", "end_to_end"))]
-
-
-def make_parser():
-    parser = Parser(prog="benchmarks/speed.py", description=__doc__)
-    parser.add_argument("--what", nargs="+", choices=UNITS, help="default: all")
-    parser.add_argument("--width", nargs="+", type=whole_number(1), help="channels of the first stage (default: by the device)")
-    parser.add_argument("--batch", nargs="+", type=whole_number(2), help="pictures a step (default: by the device)")
-    parser.add_argument("--rounds", type=whole_number(1), default=3, help="measurements of each figure")
-    parser.add_argument("--seconds", type=real_number, default=2.0, help="what a measurement of views, step or end_to_end should last")
-    parser.add_argument(
-        "--switches", nargs="*", choices=SWITCHES, metavar="NAME",
-        help="measure ours with these optimizations turned, one at a time (default: all that the device has), and for compile "
-        "the start: " + "; ".join(f"{name}: {text}" for name, text in SWITCHES.items()),
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the rows")
-    parser.add_argument("--profile", metavar="FILE", help="write a profile of our step")
-    parser.add_argument("--data_root", default="data", metavar="DIR", help="folder that has cifar-10-batches-py; else the built-in shapes are used")
-    parser.add_argument("--gpu", type=int, metavar="N", help="number of the CUDA GPU (default: the first one, else the CPU)")
-    return parser
+UNITS = {"end_to_end": "views/s", "memory": "MiB", "views": "views/s", "knn": "s"}
+SIZES = {"cuda": [(64, 512)], "cpu": [(16, 512), (64, 32)]}  # width, batch
+CORES = os.cpu_count() or 1
+ROW = "{:>5} {:>5}  {:10} {:7} {:>24} {:>24} {:>6}"
 
 
-def print_table(rows):
-    print(f"{'width':>5} {'batch':>5}  {'':10} {'':7} {'plain':>24} {'ours':>24}  {'better':>7}")
-    plain = [row for row in rows if row["pipeline"] == "plain"]
-    for row in plain:
-        key = ("what", "width", "batch")
-        ours = next(r for r in rows if r["pipeline"] == "ours" and all(r[k] == row[k] for k in key))
-        better = ours["median"] / row["median"] if row["what"] in RATES else row["median"] / ours["median"]
+def run(script, options, log=None):
+    """Run a script. Returns the views_per_s in the last line of its log or its output, and its peak memory in MiB."""
+    command = [sys.executable, ROOT / script, *options]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    try:
+        out = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+    finally:
+        process.kill()  # after Ctrl-C; otherwise it has ended
+    code = os.waitstatus_to_exitcode(status)
+    if code:  # above 0, the script has printed why
+        sys.exit(code if code > 0 else f"{script} was killed by signal {-code}")
+    record = json.loads((Path(log).read_text() if log else out).splitlines()[-1])
+    return record["views_per_s"], usage.ru_maxrss / (2**10 if sys.platform == "linux" else 2**20)
 
-        def cell(row):
-            digits = 0 if row["median"] >= 100 else 2
-            text = f"{row['median']:,.{digits}f}"
-            return text if row["runs"] == 1 else f"{text} ({row['low']:,.{digits}f}-{row['high']:,.{digits}f})"
 
-        print(
-            f"{row['width']:>5} {row['batch']:>5}  {row['what']:10} {row['unit']:7} {cell(row):>24} {cell(ours):>24}  {better:>6.2f}x"
-        )
+def run_main(args, width, batch, steps):
+    sizes = f"--width {width} --batch_size {batch} --train_size {steps * batch} --epochs 2"
+    with tempfile.TemporaryDirectory() as folder:
+        return run("main.py", [*args.main, *sizes.split(), "--exp_dir", folder], Path(folder, "run", "log.jsonl"))
+
+
+def run_plain(args, width, batch, steps, workers, *options):
+    sizes = f"--width {width} --batch_size {batch} --steps {steps} --workers {workers}"
+    return run("benchmarks/plain.py", [*args.plain, *sizes.split(), *options])
+
+
+def write_profile(args, device, width, batch):
+    """Profile an epoch of main.py, with its kNN, in this process. Returns its exit code."""
+    steps = args.steps or (24 if device.type == "cuda" else 6)
+    sizes = f"--width {width} --batch_size {batch} --train_size {steps * batch} --epochs 1"
+    pretrain, options = runpy.run_path(str(ROOT / "main.py"))["main"], [*args.main, *sizes.split(), "--exp_dir"]
+    with open(args.profile, "w") as file, tempfile.TemporaryDirectory() as folder:
+        pretrain([*options, os.path.join(folder, "warm-up")])  # else compilation and tuning fill the profile
+        with torch.profiler.profile() as profiler:
+            code = pretrain([*options, os.path.join(folder, "profiled")])
+        file.write(profiler.key_averages().table(f"self_{device.type}_time_total", 40, max_name_column_width=80))
+    return code
+
+
+def take_turns(args, **functions):
+    """Call the functions in turns, args.rounds times each. Returns their results by name."""
+    results = [{name: function() for name, function in functions.items()}
+               for _ in tqdm(range(args.rounds), leave=False, disable=None)]
+    return {name: [result[name] for result in results] for name in functions}
+
+
+def seconds(work):
+    start = time.perf_counter()
+    work().cpu()  # waits for the GPU
+    return time.perf_counter() - start
+
+
+def measure_training(args, device, width, batch):
+    """Results of end_to_end and of memory."""
+    steps = args.steps or (6 if device.type == "cpu" else max(1, 50_000 // batch))
+    pairs = take_turns(args, plain=lambda: run_plain(args, width, batch, steps, max(1, CORES - 1)),
+                       ours=lambda: run_main(args, width, batch, steps))
+    return [{name: [pair[i] for pair in pairs[name]] for name in pairs} for i in range(2)]
+
+
+def measure_views(args, device, batch):
+    """Ours as main.py makes them: all draws at once, then batch by batch."""
+    steps = args.steps or max(1, (8192 if device.type == "cpu" else 50_000) // batch)
+    images = torch.from_numpy(plain.load_images(args.data_root)).permute(0, 3, 1, 2).contiguous().to(device)
+    make_views = torch.compile(apply_two_views, dynamic=False) if args.compile else apply_two_views
+
+    def epoch():
+        generator = epoch_generator(0, 0, device)
+        draws = [draw_views(steps * batch, generator) for _ in range(2)]
+        for step, chosen in enumerate(torch.randint(len(images), (steps, batch), device=device)):
+            rows = slice(step * batch, (step + 1) * batch)
+            x1, _ = make_views(images[chosen], *(view.rows(rows) for view in draws))
+        return x1[0]
+
+    epoch()  # the first time is slower
+    return take_turns(args, plain=lambda: run_plain(args, 1, batch, steps, CORES, "--views_only")[0],
+                      ours=lambda: 2 * batch * steps / seconds(epoch))
+
+
+def measure_knn(args, device):
+    queries, bank = torch.randn(70_000, 128, device=device).split((10_000, 60_000))
+    search = queries, bank, torch.randint(10, (60_000,), device=device), 200, 0.1, 10
+    knn_predict(*search)  # the first time is slower
+    return take_turns(args, plain=lambda: seconds(lambda: plain.knn_predict(*search)),
+                      ours=lambda: seconds(lambda: knn_predict(*search)))
+
+
+def add_row(path, table, what, width, batch, results):
+    """Print a row of the table and write them all to the file. width, batch: None if they have no influence."""
+    ours, base = median(results["ours"]), median(results["plain"])
+    better = ours / base if UNITS[what] == "views/s" else base / ours
+    table["rows"].append(dict(what=what, width=width, batch=batch, unit=UNITS[what], **results, better=better))
+    Path(path).write_text(json.dumps(table, indent=1))
+    form = "{:,.0f} ({:,.0f}-{:,.0f})" if ours >= 100 else "{:.2f} ({:.2f}-{:.2f})"
+    cells = [form.format(median(values), min(values), max(values)) for values in (results["plain"], results["ours"])]
+    print(ROW.format(width or "", batch or "", what, UNITS[what], *cells, f"{better:.2f}"), flush=True)
 
 
 def main(argv=None):
-    parser = make_parser()
+    parser = Parser(prog="benchmarks/speed.py", description=__doc__)
+    parser.add_argument("--what", nargs="+", choices=UNITS, default=list(UNITS), help="what to measure")
+    parser.add_argument("--width", nargs="+", type=whole_number(1), metavar="N", help="channels of the first stage")
+    parser.add_argument("--batch", nargs="+", type=whole_number(2), metavar="N", help="images per step")
+    parser.add_argument("--steps", type=whole_number(1), metavar="N", help="steps per measurement (default: by device)")
+    parser.add_argument("--rounds", type=whole_number(1), default=3, metavar="N", help="measurements per figure")
+    parser.add_argument("--json", metavar="FILE", default=os.devnull, help="write all measurements, row by row")
+    parser.add_argument("--profile", metavar="FILE", help="only write a profile of a short epoch of main.py")
+    parser.add_argument("--data_root", default="data", metavar="DIR", help="folder of cifar-10-batches-py; else shapes")
+    add_device_options(parser, compiled=True)
     args = parser.parse_args(argv)
     with parser.user_errors():
         device = select_device(args.gpu)
-        if args.json and not os.path.isdir(os.path.dirname(args.json) or "."):
-            raise ValueError(f"--json {args.json}: there is no such folder")
-        absent = CUDA_ONLY if device.type == "cpu" else CPU_ONLY
-        if absent.intersection(args.switches or ()):
-            raise ValueError(f"--switches {' '.join(sorted(absent.intersection(args.switches)))}: not on this device")
-        if args.switches is not None and args.what:
-            raise ValueError("--switches measures step and end_to_end; leave --what out")
-    plan = FULL if device.type == "cuda" else SMALL
-    if args.what or args.width or args.batch or args.switches is not None:
-        widths, batch_sizes = args.width or [plan[0][0]], args.batch or [plan[0][1]]
-        plan = [(width, batch, args.what or tuple(UNITS)) for width in widths for batch in batch_sizes]
-    cores = usable_cores()
-    size = "full size" if device.type == "cuda" else "small size"
-    print(f"{size}: {describe(device)}, {cores} cores, torch {torch.__version__}, torchvision {torchvision.__version__}")
+        precision, sizes = select_precision(args.precision, device), SIZES[device.type]
+        args.compile = device.type == "cuda" if args.compile is None else args.compile
+        has_cifar = os.path.isdir(os.path.join(args.data_root, "cifar-10-batches-py"))
+        args.plain = ["--data_root", args.data_root, *([] if args.gpu is None else ["--gpu", str(args.gpu)])]
+        args.main = [*args.plain, "--dataset", "cifar10" if has_cifar else "shapes", "--precision", precision,
+                     "--compile" if args.compile else "--no-compile",
+                     *"--test_size 10 --eval_freq 100 --save_freq 100 --trial run --quiet".split()]
+        if args.width or args.batch:
+            sizes = [(width, batch) for width in args.width or sizes[0][:1] for batch in args.batch or sizes[0][1:]]
+        if args.profile:
+            return write_profile(args, device, *sizes[0])
 
-    rows = []
-
-    def keep(row):
-        rows.append(row)
-        if args.json:
-            with open(args.json, "w") as file:
-                json.dump(rows, file, indent=1)
-
-    with parser.user_errors(), tqdm(unit="", bar_format="{n} [{elapsed}] {desc}", disable=None, leave=False) as bar:
-        for width, batch, whats in plan:
-            settings = {
-                "device": str(device), "width": width, "batch": batch, "data_root": os.path.abspath(args.data_root),
-                "switches": default_switches(device.type),
-            }
-            benchmark = Benchmark(settings, args.rounds, args.seconds, bar, keep)
-            if args.switches is None:
-                benchmark.compare(whats, cores)
-            else:
-                benchmark.turn_switches(args.switches or [name for name in SWITCHES if name not in absent])
-            if args.profile:
-                worker = benchmark.launch("ours")
-                worker.call("profile", os.path.abspath(args.profile))
-                worker.close()
-    if args.switches is None:
-        print_table(rows)
+        Path(args.json).write_text("")  # fails now if it cannot be written
+        table = {"machine": f"{describe(device)}, {CORES} cores, torch {torch.__version__}, torchvision "
+                            f"{torchvision.__version__}, ours in {precision}", "rows": []}
+        print(table["machine"], ROW.format("width", "batch", "", "", "plain", "ours", "better"), sep="\n")
+        # Training first, while this process is small: a child inherits its peak memory.
+        for size in sizes if {"end_to_end", "memory"} & set(args.what) else ():
+            for what, results in zip(UNITS, measure_training(args, device, *size)):
+                if what in args.what and (what == "end_to_end" or device.type == "cpu"):
+                    add_row(args.json, table, what, *size, results)
+        for batch in dict.fromkeys(batch for _, batch in sizes) if "views" in args.what else ():
+            add_row(args.json, table, "views", None, batch, measure_views(args, device, batch))
+        if "knn" in args.what:
+            add_row(args.json, table, "knn", None, None, measure_knn(args, device))
     return 0
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

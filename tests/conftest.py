@@ -1,6 +1,6 @@
-"""What several tests share: real CIFAR-10 where it is at hand, and small runs of the two scripts."""
+"""Fixtures of several tests: real CIFAR-10 if it is at hand, and small runs of the scripts in this process."""
+import functools
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +13,19 @@ sys.path.insert(0, str(REPO))
 
 import main as pretraining  # noqa: E402
 import main_lincls  # noqa: E402
+from utils import shapes  # noqa: E402
 from utils.data import load_dataset  # noqa: E402
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs the tests may ignore it, and then so would a run
-
-# A run of some seconds: eight steps on the built-in shapes.
+# A run of a second: four steps an epoch on the built-in shapes.
 SMALL = (
-    "--dataset shapes --train_size 256 --test_size 100 --width 4 --dim 32 --pred_dim 16 --batch_size 32 --no-compile"
+    "--dataset shapes --train_size 128 --test_size 100 --width 4 --dim 32 --pred_dim 16 --batch_size 32 --no-compile"
 ).split()
+
+shapes.draw_shapes = functools.lru_cache(shapes.draw_shapes)  # half of the time of such a run
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long; `make test` skips it, `make test-all` does not")
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +35,7 @@ def cifar_root(tmp_path_factory):
         return str(REPO / "data")
     unpack = REPO.parent / "shared" / "data" / "unpack_cifar10.py"
     if not unpack.exists():
-        pytest.skip("needs CIFAR-10 in data/ of the checkout")
+        pytest.skip("needs CIFAR-10 in data/")
     root = tmp_path_factory.mktemp("cifar")
     subprocess.run([sys.executable, unpack, root], check=True)
     return str(root)
@@ -41,45 +46,64 @@ def cifar(cifar_root):
     return load_dataset("cifar10", cifar_root, torch.device("cpu"))
 
 
-@pytest.fixture(scope="session")
-def shapes():
+@pytest.fixture(scope="session", name="shapes")
+def shapes_data():
     return load_dataset("shapes", None, torch.device("cpu"), 1000, 500)
 
 
 @pytest.fixture
 def no_gpu(monkeypatch):
-    """Hide the GPU: for what holds bit for bit on the CPU only."""
+    """Hide the GPU: for what is exact on the CPU only."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-DRAWING = ("plot_views", "write_report", "draw_run")  # takes seconds a run, and has tests of its own
-
-
 @pytest.fixture
-def no_drawing(monkeypatch):
+def no_figures(monkeypatch):
+    """Figures take most of the time of a small run, and have tests of their own."""
+    monkeypatch.setattr(pretraining, "plot_views", lambda *args: None)
     for module in (pretraining, main_lincls):
-        for name in DRAWING:
-            monkeypatch.setattr(module, name, lambda *args: None, raising=False)
+        monkeypatch.setattr(module, "draw_run", lambda *args: None)
 
 
 @pytest.fixture
-def run_main(tmp_path, monkeypatch, no_drawing):
-    """main.py in this process, without figures, its runs in tmp_path/experiments: run_main("--epochs", 2, ...) -> exit code."""
+def run_main(tmp_path, monkeypatch, no_figures):
+    """main.py in this process, its runs in tmp_path/experiments: run_main("--epochs", 2, ...) -> exit code."""
     monkeypatch.chdir(tmp_path)
     return lambda *args: pretraining.main([*SMALL, *map(str, args)])
 
 
 @pytest.fixture
-def run_lincls(tmp_path, monkeypatch, no_drawing):
+def run_lincls(tmp_path, monkeypatch, no_figures, finished_run):
+    """main_lincls.py in this process, on the backbone of finished_run unless told otherwise."""
     monkeypatch.chdir(tmp_path)
-    return lambda *args: main_lincls.main(
-        ["--dataset", "shapes", "--train_size", "256", "--test_size", "100", *map(str, args)]
-    )
+    data = ["--dataset", "shapes", "--train_size", "128", "--test_size", "100"]
+    backbone = ["--pretrained", os.path.join(finished_run, "backbone.pt")]
+    return lambda *args: main_lincls.main([*data, *backbone, *map(str, args)])
 
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
-    """The folder of a finished small run."""
+    """The folder of a finished small run, with its figures."""
     folder = tmp_path_factory.mktemp("finished")
-    assert pretraining.main([*SMALL, "--epochs", "2", "--eval_freq", "1", "--exp_dir", str(folder), "--trial", "small"]) == 0
+    options = ["--epochs", "2", "--eval_freq", "1", "--untrained", "--exp_dir", str(folder), "--trial", "small"]
+    assert pretraining.main([*SMALL, *options]) == 0
     return os.path.join(folder, "small")
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """refused(main, args, *words): the call exits with 2 and one line on stderr with these words, and writes nothing."""
+    monkeypatch.chdir(tmp_path)
+
+    def check(main, args, *words):
+        before = sorted(tmp_path.rglob("*"))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(arg) for arg in args])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and error.endswith("\n"), error
+        assert all(str(word) in error for word in words), error
+        left = [path for path in sorted(tmp_path.rglob("*")) if path.name != "experiments"]
+        assert left == [path for path in before if path.name != "experiments"]
+
+    return check

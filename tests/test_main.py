@@ -1,140 +1,95 @@
-"""main.py end to end: its run folder, exact resume, and stopping."""
+"""main.py end to end: the run's folder, exact resume, stopping, and what is kept when something fails."""
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
-import children
 import main as pretraining
 import simsiam
 from conftest import REPO, SMALL
-from utils import checkpoint, log
-from utils.device import autocast
+from utils import checkpoint, cli, log
+from utils.run import Run
 
-FIGURES = ("loss", "std", "lr", "knn1", "knn200")
-
-
-def figures(folder):
-    """What the log says apart from times."""
-    return [{key: record[key] for key in FIGURES if key in record} for record in log.read(folder)]
+TIMES = ("seconds", "time", "views_per_s")
 
 
-def assert_same_state(first, second):
-    first, second = (checkpoint.load(os.path.join(folder, "checkpoint.pt")) for folder in (first, second))
-    assert first["epoch"] == second["epoch"] and first["step"] == second["step"]
-    for name, value in first["model"].items():
-        assert torch.equal(value, second["model"][name]), name
-    momenta = [
-        [entry["momentum_buffer"] for entry in state["optimizer"]["state"].values()] for state in (first, second)
-    ]
-    assert len(momenta[0]) > 10 and all(torch.equal(a, b) for a, b in zip(*momenta, strict=True))
+def log_of(trial):
+    """The lines of a log as they are in the file, without times. trial: a name or a path."""
+    with open(os.path.join("experiments", trial, "log.jsonl")) as file:
+        return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in file]
 
 
-def test_the_run_folder_is_complete(finished_run):
+WHOLE = ("--epochs", 3, "--eval_freq", 1, "--untrained")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run with WHOLE's settings that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        assert pretraining.main([*SMALL, *map(str, WHOLE), "--exp_dir", str(folder), "--trial", "run"]) == 0
+    return folder / "run"
+
+
+def assert_same_run(whole, trial):
+    """The same log, line by line, and the same weights, buffers and momenta, bit for bit."""
+    assert log_of(whole) == log_of(trial)
+    states = [checkpoint.load(f"{folder}/checkpoint.pt") for folder in (whole, f"experiments/{trial}")]
+    leaves = [torch.utils._pytree.tree_flatten_with_path({key: state[key] for key in ("epoch", "model", "optimizer")})[0]
+              for state in states]
+    for (path, a), (_, b) in zip(*leaves, strict=True):
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b, path
+
+
+def at_step(count, monkeypatch, act):
+    """Call act() before the count-th update of a context's SGD."""
+    usual, calls = torch.optim.SGD.step, []
+
+    def step(optimizer, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == count:
+            act()
+        return usual(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+
+
+def test_the_folder_of_a_run_is_complete(finished_run):
     assert sorted(os.listdir(finished_run)) == [
-        "backbone.pt", "checkpoint-previous.pt", "checkpoint.pt", "config.json", "learning-rate.png", "learning-rate.svg", "log.jsonl",
-        "loss-plot.png", "loss-plot.svg", "report.html", "std.png", "std.svg", "throughput.png", "throughput.svg", "top1-acc.png", "top1-acc.svg",
-        "views.png", "views.svg",
+        "backbone.pt", "checkpoint-previous.pt", "checkpoint.pt", "config.json", "log.jsonl", "loss-plot.png",
+        "report.html", "std.png", "top1-acc.png", "untrained.pt", "views.png",
     ]
-    records = log.read(finished_run)
-    assert [record["epoch"] for record in records] == [1, 2]
+    untrained, *records = log.read(finished_run)
+    assert untrained.keys() == {"epoch", "knn1", "knn200"} and [record["epoch"] for record in records] == [1, 2]
     for record in records:
-        assert -1 <= record["loss"] <= 1 and 0.1 < record["std"] < 1.2
-        assert 0 < record["seconds"] < record["wall_seconds"] and 0 < record["views_per_s"]
+        assert -1 <= record["loss"] <= 1 and 0 < record["std"] < 1.2
+        assert 0 < record["seconds"] < record["time"] and record["views_per_s"] > 0
         assert 0 <= record["knn1"] <= 100 and 0 <= record["knn200"] <= 100
-    assert records[0]["lr"] == pytest.approx(0.03 * 32 / 256)  # the rate follows the batch
-    with open(os.path.join(finished_run, "config.json")) as file:
-        config = json.load(file)
+    assert records[0]["lr"] == pytest.approx(0.03 * 32 / 256)  # follows the batch
+    config = checkpoint.read_json(os.path.join(finished_run, "config.json"))
     assert config["settings"]["seed"] == 0 and config["versions"]["torch"] == torch.__version__
-    for name in ("loss-plot.png", "top1-acc.png", "views.png"):
-        with open(os.path.join(finished_run, name), "rb") as file:
-            assert file.read(4) == b"\x89PNG"
 
 
-def test_the_backbone_file_is_the_trained_backbone(finished_run):
-    backbone = simsiam.resnet18(4)
-    state = torch.load(os.path.join(finished_run, "backbone.pt"), weights_only=True)
-    backbone.load_state_dict(state)
-    trained = checkpoint.load(os.path.join(finished_run, "checkpoint.pt"))["model"]
-    assert all(torch.equal(value, trained[f"backbone.{name}"]) for name, value in state.items())
+def test_backbone_files_hold_the_trained_and_the_initial_backbone(finished_run):
+    model = checkpoint.load(os.path.join(finished_run, "checkpoint.pt"))["model"]
+    trained = torch.load(os.path.join(finished_run, "backbone.pt"), weights_only=True)
+    assert all(torch.equal(value, model[f"backbone.{name}"]) for name, value in trained.items())
     torch.manual_seed(0)
-    assert not torch.equal(simsiam.resnet18(4).conv1.weight, state["conv1.weight"])
+    untrained = torch.load(os.path.join(finished_run, "untrained.pt"), weights_only=True)
+    assert torch.equal(untrained["conv1.weight"], simsiam.resnet18(4).conv1.weight)
+    assert not torch.equal(untrained["conv1.weight"], trained["conv1.weight"])
 
 
-def test_two_epochs_equal_one_and_a_resumed_one(run_main, no_gpu):
-    """Bit for bit: weights, batch norm buffers, momenta, and the log."""
-    settings = ("--epochs", 2, "--eval_freq", 1, "--save_freq", 1)
-    assert run_main(*settings, "--trial", "whole") == 0
-    # As after a kill: the checkpoint is the first epoch's, the log already has a line of the second.
-    assert run_main(*settings, "--trial", "halves") == 0
-    os.replace("experiments/halves/checkpoint-previous.pt", "experiments/halves/checkpoint.pt")
-    assert checkpoint.load("experiments/halves/checkpoint.pt")["epoch"] == 1
-    with open("experiments/halves/log.jsonl", "a") as file:
-        file.write('{"epoch": 2, "lo')
-    assert run_main("--resume", "auto", "--trial", "halves") == 0
-    assert_same_state("experiments/whole", "experiments/halves")
-    assert len(log.read("experiments/halves")) == 2
-    assert figures("experiments/whole") == figures("experiments/halves")
-
-
-def test_seeds_differ_and_repeat(run_main, no_gpu):
+def test_seeds_repeat_and_differ(run_main, no_gpu):
     for trial, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert run_main("--epochs", 1, "--trial", trial, "--seed", seed) == 0
-    assert figures("experiments/a") == figures("experiments/b") != figures("experiments/c")
-
-
-def test_resume_auto_takes_the_newest_and_says_when_it_is_done(run_main, capsys):
-    for trial in ("older", "newer"):
-        assert run_main("--epochs", 1, "--trial", trial) == 0
-    before = log.read("experiments/newer")
-    assert run_main("--resume", "auto") == 0
-    assert "experiments/newer: already done, epoch 1 of 1" in capsys.readouterr().out
-    assert log.read("experiments/newer") == before
-
-
-def test_resume_auto_goes_by_the_checkpoint_not_by_other_files(run_main, capsys):
-    for trial in ("older", "newer"):
-        assert run_main("--epochs", 1, "--trial", trial) == 0
-    with open("experiments/older/note.txt", "w"):
-        pass
-    run_main("--resume", "auto")
-    assert "experiments/newer: already done" in capsys.readouterr().out
-
-
-def test_a_signal_before_the_first_step_still_leaves_a_checkpoint(run_main, monkeypatch, no_gpu):
-    def interrupted(*args):
-        signal.raise_signal(signal.SIGINT)
-        return 0.0, 0.0
-
-    assert run_main("--epochs", 1, "--trial", "whole", "--untrained") == 0
-    with monkeypatch.context() as patch:
-        patch.setattr("main.knn_accuracy", interrupted)
-        assert run_main("--epochs", 1, "--trial", "stopped", "--untrained") == 130
-    assert run_main("--resume", "auto", "--trial", "stopped") == 0
-    assert_same_state("experiments/whole", "experiments/stopped")
-    assert figures("experiments/whole") == figures("experiments/stopped")
-
-
-def test_resume_auto_starts_where_nothing_is_there(run_main, capsys):
-    assert run_main("--epochs", 1, "--trial", "first", "--resume", "auto") == 0
-    assert "nothing to resume" in capsys.readouterr().out
-    assert len(log.read("experiments/first")) == 1
-
-
-def test_resume_falls_back_to_the_previous_checkpoint(run_main, no_gpu, capsys):
-    settings = ("--epochs", 2, "--save_freq", 1)
-    run_main(*settings, "--trial", "whole")
-    run_main(*settings, "--trial", "damaged")
-    with open("experiments/damaged/checkpoint.pt", "r+b") as file:
-        file.truncate(5000)
-    assert run_main("--resume", "auto", "--trial", "damaged") == 0
-    assert "checkpoint-previous.pt" in capsys.readouterr().err
-    assert_same_state("experiments/whole", "experiments/damaged")
+    assert log_of("a") == log_of("b") != log_of("c")
 
 
 def test_unnamed_runs_are_numbered(run_main):
@@ -143,86 +98,251 @@ def test_unnamed_runs_are_numbered(run_main):
     assert sorted(os.listdir("experiments")) == ["1", "2"]
 
 
-def test_the_untrained_network_is_measured_on_request(run_main):
-    assert run_main("--epochs", 1, "--untrained", "--trial", "run") == 0
-    records = log.read("experiments/run")
-    assert records[0].keys() == {"epoch", "knn1", "knn200"} and records[0]["epoch"] == 0
-    torch.manual_seed(0)
-    untrained = torch.load("experiments/run/untrained.pt", weights_only=True)
-    assert torch.equal(untrained["conv1.weight"], simsiam.resnet18(4).conv1.weight)
+# ---------------------------------------------------------------------------------------------------
+# Resume
 
 
-def test_collapse_is_warned_of_once_with_its_cause(run_main, monkeypatch, capsys):
-    monkeypatch.setattr("main.feature_std", lambda z: 0.01 * z.std())
-    run_main("--epochs", 2)
-    assert "collapsed" not in capsys.readouterr().err
-    run_main("--epochs", 4)
-    error = capsys.readouterr().err
-    assert error.count("collapsed") == 1 and "epoch 3: std 0.0" in error
-    assert "rate too high" in error and "--learning_rate (0.00375)" in error
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing handles it."""
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(run_main, capsys):
-    """It is said in which step; the checkpoint is from before."""
+def kill_at(monkeypatch, owner, name, count, *args):
+    """main.py with args, ended at the count-th call of owner.name without any further word."""
+    usual, calls = getattr(owner, name), []
+
+    def dies(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == count:
+            raise Killed
+        return usual(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, dies)
+        with pytest.raises(Killed):
+            pretraining.main([*SMALL, *map(str, args)])
+    gc.collect()  # closes the log, and so releases its lock, as the kernel does
+
+
+@pytest.mark.parametrize("name, owner, count", [
+    ("step", torch.optim.SGD, 7), ("vote", sys.modules["utils.knn"], 3), ("append", log, 3), ("fsync", os, 9),
+    ("save", checkpoint, 5), ("replace", os, 9), ("truncate", log, 1),
+])
+def test_a_killed_run_resumes_exactly_with_one_line_an_epoch(whole, run_main, monkeypatch, no_gpu, name, owner, count):
+    """Killed in a step, in kNN, before a log line, between log line and checkpoint, inside a write, at the start."""
+    kill_at(monkeypatch, owner, name, count, *WHOLE, "--save_freq", 2, "--trial", "killed")
+    assert run_main(*WHOLE, "--trial", "killed", "--resume", "auto") == 0
+    assert [line["epoch"] for line in log_of("killed")] == [0, 1, 2, 3]
+    assert_same_run(whole, "killed")
+
+
+def test_a_line_that_a_kill_left_unfinished_is_dropped(whole, run_main, no_gpu):
+    assert run_main(*WHOLE, "--trial", "torn", "--save_freq", 1) == 0
+    os.replace("experiments/torn/checkpoint-previous.pt", "experiments/torn/checkpoint.pt")
+    with open("experiments/torn/log.jsonl", "a") as file:
+        file.write('{"epoch": 4, "lo')
+    assert len(log.read("experiments/torn")) == 4
+    assert run_main("--resume", "auto", "--trial", "torn") == 0
+    assert_same_run(whole, "torn")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_inside_an_epoch_saves_and_resumes_exactly(whole, run_main, monkeypatch, no_gpu, capsys, number):
+    usual = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        at_step(6, patch, lambda: signal.raise_signal(number))
+        assert run_main(*WHOLE, "--trial", "stopped") == 128 + number
+    assert signal.getsignal(number) == usual
+    state = checkpoint.load("experiments/stopped/checkpoint.pt")
+    assert (state["epoch"], state["step"]) == (1, 2)  # the step was finished
+    command = capsys.readouterr().out.split("Resume with: python main.py ")[1].split()[:2]
+    assert command == ["--resume", "experiments/stopped/checkpoint.pt"]
+    assert run_main(*command) == 0
+    assert_same_run(whole, "stopped")
+
+
+def test_a_second_signal_acts_as_usual(run_main, monkeypatch, no_gpu):
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.default_int_handler)
+
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    at_step(2, monkeypatch, twice)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt):
+        run_main("--epochs", 1)
+
+
+@pytest.mark.parametrize("evaluation, expected", [(1, (0, 0)), (2, (0, 4))])  # of the initial weights, of epoch 1
+def test_a_signal_does_not_wait_for_the_knn(whole, run_main, monkeypatch, no_gpu, evaluation, expected):
+    """The kNN ends before its next batch, and the resumed run repeats it."""
+    usual, calls = sys.modules["utils.knn"].normalize, []
+
+    def signaled(images, *args):
+        calls.append(1)
+        if len(calls) == 2 * evaluation - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return usual(images, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.knn.normalize", signaled)
+        assert run_main(*WHOLE, "--trial", "stopped") == 128 + signal.SIGTERM
+    state = checkpoint.load("experiments/stopped/checkpoint.pt")
+    assert (state["epoch"], state["step"]) == expected and len(log_of("stopped")) == evaluation - 1
+    assert run_main("--resume", "auto", "--trial", "stopped") == 0
+    assert_same_run(whole, "stopped")
+
+
+def test_a_time_limit_exits_with_zero_and_slices_are_one_run(whole, run_main, monkeypatch, no_gpu):
+    for _ in range(2):
+        with monkeypatch.context() as patch:  # the clock jumps behind the limit in the fifth step
+            at_step(3, patch, lambda: patch.setattr(cli.StopRequest, "requested", True))
+            assert run_main(*WHOLE, "--trial", "slices", "--resume", "auto", "--max_minutes", 10) == 0
+    assert checkpoint.load("experiments/slices/checkpoint.pt")["epoch"] == 1
+    assert run_main("--resume", "auto", "--trial", "slices") == 0
+    assert_same_run(whole, "slices")
+    request = cli.StopRequest(0.001, 0.0)
+    assert request.requested and request.exit_code == 0 and not cli.StopRequest(None).requested
+
+
+def test_resume_auto_takes_the_latest_checkpoint_and_knows_what_is_finished(run_main, capsys):
+    for trial in ("older", "newer"):
+        assert run_main("--epochs", 1, "--trial", trial, "--resume", "auto") == 0
+        assert "nothing to resume" in capsys.readouterr().out
+    os.utime("experiments/older/config.json")
+    before = log_of("newer")
+    assert run_main("--resume", "auto") == 0
+    assert "experiments/newer: already finished" in capsys.readouterr().out and log_of("newer") == before
+
+
+def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(whole, run_main, no_gpu, capsys):
+    run_main(*WHOLE, "--save_freq", 1, "--trial", "damaged")
+    with open("experiments/damaged/checkpoint.pt", "r+b") as file:
+        file.seek(20_000)
+        file.write(b"damage")
+    assert run_main("--resume", "auto", "--trial", "damaged") == 0
+    assert "truncated or damaged; resuming from experiments/damaged/checkpoint-previous.pt" in capsys.readouterr().err
+    assert_same_run(whole, "damaged")
+
+
+def test_a_run_has_one_process_at_a_time(run_main, refused, no_gpu):
+    assert run_main("--epochs", 1, "--trial", "run", "--max_minutes", 0) == 0
+    run = Run("test", "experiments/run", 0)
+    refused(pretraining.main, ["--resume", "auto"], "experiments/run: another process")
+    run.lock.close()
+    assert run_main("--resume", "auto") == 0
+
+
+def test_another_machine_is_said(run_main, no_gpu, monkeypatch, capsys):
+    assert run_main("--epochs", 1, "--trial", "run", "--max_minutes", 0) == 0
+    monkeypatch.setattr("utils.run.machine", lambda device: {"device": "another"})
+    assert run_main("--resume", "auto") == 0
+    assert "not bit for bit" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------
+# What goes wrong
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_checkpoint_before(run_main, capsys):
     assert run_main("--epochs", 3, "--learning_rate", 1e30, "--trial", "run", "--save_freq", 1) == 1
     error = capsys.readouterr().err
-    assert "epoch 1, step 2 of 8: the loss is nan" in error and "lower --learning_rate (1e+30)" in error
-    assert "run/checkpoint.pt is kept as of epoch 0" in error
+    assert "epoch 1, step 2 of 4: the loss is not finite" in error and "--learning_rate (1e+30)" in error
     state = checkpoint.load("experiments/run/checkpoint.pt")
     assert state["epoch"] == 0 and all(value.isfinite().all() for value in state["model"].values())
 
 
 def test_weights_that_are_not_finite_are_not_saved(run_main, capsys):
     """One step an epoch, whose loss is finite and whose update is not."""
-    settings = ("--batch_size", 256, "--epochs", 3, "--save_freq", 1, "--trial", "run")
+    settings = ("--batch_size", 128, "--epochs", 3, "--save_freq", 1, "--trial", "run")
     assert run_main(*settings, "--learning_rate", 1e300) == 1
-    assert "epoch 1, step 1 of 1: after it a weight is not a finite number" in capsys.readouterr().err
-    state = checkpoint.load("experiments/run/checkpoint.pt")
-    assert state["epoch"] == 0 and all(value.isfinite().all() for value in state["model"].values())
+    assert "a weight is not finite" in capsys.readouterr().err
+    assert checkpoint.load("experiments/run/checkpoint.pt")["epoch"] == 0
 
 
-def test_skipped_steps_are_told(shapes):
-    """A loss scaler whose scale overflows in the backward pass skips the update and lowers the scale."""
-    torch.manual_seed(0)
-    model = simsiam.SimSiam(simsiam.resnet18(8), 32, 16)
-    torch.nn.init.normal_(model.predictor[-1].weight, std=1e-6)  # short outputs have large gradients
-    torch.nn.init.zeros_(model.predictor[-1].bias)
-    optimizer = torch.optim.SGD(model.parameters(), 1e-9, 0.9, fused=True)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-120)
-    step = pretraining.make_train_step(model, optimizer, scaler, autocast(torch.device("cpu"), "fp32"), False)
-    order, *draws = pretraining.draw_epoch(0, 0, 64, 64, (32, 32), "cpu")
-    before = model.predictor[0].weight.clone()
-    told = []
-    for _ in range(2):
-        told.append(step(shapes.train_images[order], *draws)[2].item())
-        moved = not torch.equal(before, model.predictor[0].weight)
-        assert moved == (0 in told)
-    assert told == [1, 0]
+@pytest.mark.parametrize("writes, code", [((7, 8), 0), (range(7, 100), 1)])
+def test_a_full_disk_costs_no_epoch_if_there_is_room_again(whole, run_main, monkeypatch, no_gpu, capsys, writes, code):
+    """Flushes 7 and 8 are those of the first epoch's log line and backbone.pt. Without room to the end it is an error,
+    and the last checkpoint is kept."""
+    usual, calls = os.fsync, []
+
+    def fsync(descriptor):
+        if not os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            calls.append(1)
+            if len(calls) in writes:
+                raise OSError(28, "No space left on device")
+        return usual(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        assert run_main(*WHOLE, "--save_freq", 1, "--trial", "run") == code
+    error = capsys.readouterr().err
+    assert "log.jsonl could not be written (No space left on device); the run continues" in error
+    assert ("everything after epoch 0 is lost" in error) == (code == 1)
+    assert not [name for name in os.listdir("experiments/run") if name.endswith(".partial")]
+    if code == 1:
+        assert checkpoint.load("experiments/run/checkpoint.pt")["epoch"] == 0
+        assert run_main("--resume", "auto", "--trial", "run") == 0
+    assert_same_run(whole, "run")
 
 
-def test_a_stopped_run_goes_on_exactly(tmp_path, monkeypatch):
-    """Stopped inside an epoch by Ctrl-C and resumed, a run ends as if it had not been."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    settings = ("--epochs", "6", "--save_freq", "100", "--eval_freq", "100", "--exp_dir", str(tmp_path))
-    process = children.start([*SMALL, *settings, "--trial", "stopped"], tmp_path / "output.txt")
-    lines = tmp_path / "stopped" / "log.jsonl"
-    while not (lines.exists() and lines.stat().st_size):
-        time.sleep(0.02)
-        assert process.is_alive()
-    os.kill(process.pid, signal.SIGINT)
-    assert children.finish(process) == 130
-    stopped = checkpoint.load(str(tmp_path / "stopped" / "checkpoint.pt"))
-    assert 1 <= stopped["epoch"] < 6
-    hint = (tmp_path / "output.txt").read_text().split("to go on: python main.py ")[1].split()[:2]
-    assert hint == ["--resume", str(tmp_path / "stopped" / "checkpoint.pt")]
+def test_figures_that_fail_do_not_end_a_run(run_main, monkeypatch, capsys):
+    def broken(folder):
+        raise KeyError("config.json was edited")
 
-    for args in (hint, [*settings, "--trial", "whole"]):
-        assert children.finish(children.start([*SMALL, *args], tmp_path / "output.txt")) == 0
-    assert_same_state(tmp_path / "whole", tmp_path / "stopped")
-    assert figures(tmp_path / "whole") == figures(tmp_path / "stopped")
+    monkeypatch.setattr(pretraining, "draw_run", broken)
+    assert run_main("--epochs", 1) == 0
+    assert "no figures" in capsys.readouterr().err
 
 
-def test_odd_batches_of_a_narrow_network(tmp_path):
-    """In a process of its own: where torch's channels_last kernels fail, they take the process with them."""
-    command = [sys.executable, "main.py", *SMALL, "--batch_size", "33", "--epochs", "3", "--exp_dir", str(tmp_path)]
-    assert subprocess.run(command, cwd=REPO, capture_output=True).returncode == 0
+def test_a_collapse_is_warned_of_with_its_cause(run_main, monkeypatch, capsys):
+    monkeypatch.setattr(simsiam, "feature_std", lambda z: 0.01 * z.std())
+    run_main("--epochs", 4)
+    error = capsys.readouterr().err
+    assert error.count("collapsed") == 1 and "epoch 3: std 0.0" in error and "--learning_rate (0.00375)" in error
+    run_main("--epochs", 3, "--no-stop_gradient")
+    assert "without stop-gradient" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------
+# The terminal
+
+
+def test_quiet_prints_the_result_alone(run_main, capsys):
+    assert run_main("--epochs", 1, "--quiet") == 0
+    output, error = capsys.readouterr()
+    assert output.startswith("experiments/1: loss ") and output.count("\n") == 1 and error == ""
+
+
+def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch, capsys):
+    """1,000 epochs of 1 s: a line every 30 s, and those that are kept."""
+    now = [0.0]
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    cli.set_quiet(False)
+    with cli.Progress(1000, 0) as progress:
+        for epoch in range(1000):
+            for step in range(1, 11):
+                now[0] += 0.1
+                progress.update(epoch + step / 10)
+            progress.update(epoch + 1, f"loss {epoch}", keep=(epoch + 1) % 250 == 0)
+    output, error = capsys.readouterr()
+    lines = output.splitlines()
+    assert error == "" and 32 <= len(lines) <= 38 and lines[-1] == "epoch 1000/1000  loss 999"
+    assert [line for line in lines if "loss 249" in line] == ["epoch 250/1000  loss 249, 12:30 left"]
+
+
+def test_a_closed_terminal_does_not_end_a_run(tmp_path):
+    command = [sys.executable, "main.py", *SMALL, "--epochs", "2", "--eval_freq", "1", "--exp_dir", str(tmp_path)]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(command, cwd=REPO, stdout=full, stderr=full).returncode == 0
+    assert [record["epoch"] for record in log.read(str(tmp_path / "1"))] == [1, 2]
+
+
+def test_tensorboard_has_the_log(run_main):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert run_main("--epochs", 2, "--eval_freq", 1, "--trial", "run", "--tensorboard") == 0
+    events = accumulator.EventAccumulator("experiments/run/tensorboard")
+    events.Reload()
+    for name in ("loss", "std", "lr", "knn200"):
+        expected = [(record["epoch"], pytest.approx(record[name])) for record in log.read("experiments/run")]
+        assert [(event.step, event.value) for event in events.Scalars(name)] == expected

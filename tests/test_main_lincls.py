@@ -1,9 +1,6 @@
-"""main_lincls.py end to end, and its parts against closed forms."""
-import json
+"""main_lincls.py end to end, and its two protocols against references."""
 import os
-import shutil
 import signal
-import statistics
 
 import pytest
 import torch
@@ -11,331 +8,183 @@ import torch
 import main_lincls
 import simsiam
 from utils import checkpoint, log
-from utils.augment import MEAN, STD, Draws, draw_views, epoch_generator, normalize
+from utils.augment import crop_flip, draw_views, epoch_generator, normalize
 from utils.data import balanced_subset
-from utils.device import autocast
-from utils.features import make_augmented_features
-from utils.metrics import class_accuracies, confusion_matrix, top_k
+
+
+def results(trial):
+    found = checkpoint.read_json(f"experiments/{trial}/results.json")
+    return {name: value for name, value in found.items() if name != "seconds"}
 
 
 @pytest.mark.parametrize("features", ["augmented", "cached"])
-@pytest.mark.parametrize("file", ["backbone.pt", "checkpoint.pt"])
-def test_evaluates_what_main_wrote(finished_run, run_lincls, capsys, features, file):
-    path = os.path.join(finished_run, file)
-    assert run_lincls("--pretrained", path, "--features", features, "--epochs", 5, "--trial", "eval") == 0
-    output = capsys.readouterr().out
-    records = log.read("experiments/eval")
-    assert [record["epoch"] for record in records] == [1, 2, 3, 4, 5]
-    best = max(record["test_top1"] for record in records)
-    assert f"linear top-1: {records[-1]['test_top1']:.2f} %, last epoch (5), the first 100 test pictures" in output
-    assert f"{best:.2f} %, chosen on the test pictures" in output
-    assert sorted(os.listdir("experiments/eval")) == ["classifier.pt", "config.json", "evaluation.pt", "log.jsonl", "results.json"]
+def test_evaluates_what_main_wrote(run_lincls, finished_run, capsys, features):
+    epochs = ["--epochs", 5] * (features == "augmented")
+    checkpoint_pt = os.path.join(finished_run, "checkpoint.pt")
+    assert run_lincls("--features", features, *epochs, "--pretrained", checkpoint_pt, "--trial", "eval") == 0
+    output, records, found = capsys.readouterr().out, log.read("experiments/eval"), results("eval")
+    assert f"linear top-1: {records[-1]['test_top1']:.2f} %" in output and "100 test images" in output
+    assert found["test_top1"] == records[-1]["test_top1"] and found["images"] == 100
+    assert len(found["class_top1"]) == 10 and sum(map(sum, found["confusion"])) == 100
+    if features == "augmented":
+        best = max(record["test_top1"] for record in records)
+        assert [record["epoch"] for record in records] == [1, 2, 3, 4, 5] and found["best_top1"] == best
+        assert f"{best:.2f} %, chosen on the test images" in output
+    assert {"classifier.pt", "config.json", "log.jsonl", "results.json"} <= set(os.listdir("experiments/eval"))
 
 
-def test_the_saved_classifier_gives_the_headline(finished_run, run_lincls, no_gpu, shapes):
-    path = os.path.join(finished_run, "backbone.pt")
-    assert run_lincls("--pretrained", path, "--features", "cached", "--epochs", 3, "--trial", "eval") == 0
-    backbone = simsiam.resnet18(4).eval()
-    backbone.load_state_dict(checkpoint.load(path))
-    classifier = torch.nn.Linear(32, 10)
-    classifier.load_state_dict(torch.load("experiments/eval/classifier.pt", weights_only=True))
-    images = shapes.test_images[:100] / 255
-    mean, std = torch.tensor((0.4914, 0.4822, 0.4465)), torch.tensor((0.2470, 0.2435, 0.2616))
+def test_the_saved_classifier_gives_the_result(run_lincls, finished_run, no_gpu, shapes, capsys):
+    assert run_lincls("--epochs", 2, "--trial", "eval") == 0
+    backbone = simsiam.load_backbone(os.path.join(finished_run, "backbone.pt"), verbose=False)
+    weights = torch.load("experiments/eval/classifier.pt", weights_only=True)
     with torch.no_grad():
-        predicted = classifier(backbone((images - mean.view(3, 1, 1)) / std.view(3, 1, 1))).argmax(dim=1)
-    accuracy = 100 * (predicted == shapes.test_labels[:100]).double().mean().item()
-    assert log.read("experiments/eval")[-1]["test_top1"] == pytest.approx(accuracy)
+        logits = backbone(normalize(shapes.test_images[:100])) @ weights["weight"].T + weights["bias"]
+    correct = (logits.argmax(dim=1) == shapes.test_labels[:100]).double().mean().item()
+    assert results("eval")["test_top1"] == pytest.approx(100 * correct, abs=1.01)  # one image at a tie
+    capsys.readouterr()
+    assert run_lincls("--evaluate", "experiments/eval/classifier.pt", "--trial", "again") == 0
+    for name in ("test_top1", "test_top5", "class_top1", "confusion"):
+        assert results("again")[name] == results("eval")[name]
+    assert "another backbone" not in capsys.readouterr().err
 
 
-def test_the_backbone_is_frozen_and_a_moving_one_is_noticed(finished_run, run_lincls, monkeypatch):
-    path = os.path.join(finished_run, "backbone.pt")
-    def in_training_mode(*args, **options):
-        backbone = simsiam.load_backbone(*args, **options)
-        backbone.eval = lambda: None
-        return backbone.train()  # the batch norm statistics would drift
+def test_sgd_matches_the_protocol_written_out(run_lincls, finished_run, no_gpu, shapes):
+    """Two epochs: frozen features of random crops and flips, torch's SGD, no image dropped."""
+    assert run_lincls("--epochs", 2, "--batch_size", 50, "--lr", 2.0, "--seed", 4, "--trial", "eval") == 0
+    images, labels = shapes.train_images[:128], shapes.train_labels[:128]
+    backbone = simsiam.load_backbone(os.path.join(finished_run, "backbone.pt"), verbose=False)
+    torch.manual_seed(4)
+    classifier = torch.nn.Linear(32, 10)
+    torch.nn.init.normal_(classifier.weight, std=0.01)
+    torch.nn.init.zeros_(classifier.bias)
+    optimizer = torch.optim.SGD(classifier.parameters(), 2.0, momentum=0.9)
+    for epoch in range(2):
+        optimizer.param_groups[0]["lr"] = (2.0, 0.2)[epoch]  # after 60 and 80 % of two epochs: 1.2 and 1.6
+        generator = epoch_generator(4, epoch, torch.device("cpu"))
+        order = torch.randperm(128, generator=generator)
+        views = normalize(crop_flip(images[order], draw_views(128, generator, scale=(0.08, 1.0))))
+        with torch.no_grad():
+            features = backbone(views)
+        for rows in torch.arange(128).split(50):
+            loss = torch.nn.functional.cross_entropy(classifier(features[rows]), labels[order[rows]])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    ours = checkpoint.load("experiments/eval/classifier.pt")
+    torch.testing.assert_close(ours["weight"], classifier.weight.detach(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(ours["bias"], classifier.bias.detach(), rtol=1e-3, atol=1e-3)
 
-    monkeypatch.setattr(main_lincls, "load_backbone", in_training_mode)
-    with pytest.raises(AssertionError, match="moved.*bn1.running_mean"):
-        run_lincls("--pretrained", path, "--epochs", 1)
 
-
-def test_same_seed_same_result(finished_run, run_lincls, no_gpu):
-    path = os.path.join(finished_run, "backbone.pt")
-    for trial in ("a", "b"):
-        assert run_lincls("--pretrained", path, "--epochs", 2, "--trial", trial) == 0
-    a, b = (torch.load(f"experiments/{trial}/classifier.pt", weights_only=True) for trial in "ab")
-    assert torch.equal(a["weight"], b["weight"])
-
-
-def test_rate_falls_after_60_and_80_of_100_epochs():
-    check_schedule("step", lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [60, 80]))
-
-
-def test_the_cosine_schedule_is_torchs():
-    check_schedule("cosine", lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100))
-
-
-def check_schedule(name, make):
+def test_the_rate_is_torchs_multistep():
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=30.0)
-    schedule = make(optimizer)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [60, 80])
     for epoch in range(100):
-        assert main_lincls.scheduled_rate(name, 30.0, epoch, 100) == pytest.approx(schedule.get_last_lr()[0])
+        assert main_lincls.step_rate(30.0, epoch, 100) == pytest.approx(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
 
 
-def test_a_classifier_learns_separable_features(monkeypatch, tmp_path, run_lincls, no_gpu, shapes):
-    """With features that are the classes themselves, the protocol reaches 100 %."""
-    backbone = simsiam.resnet18(4)
-    torch.save(backbone.state_dict(), tmp_path / "backbone.pt")
+def test_lbfgs_finds_the_minimum():
+    """The same as Newton's method, on features of very different scales and one that is constant."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (200,), generator=generator)
+    features = torch.randn(200, 6, generator=generator) + labels[:, None] * torch.tensor([1.0, 0, 0.5, 0, 0, 0])
+    features = features * 10.0 ** torch.arange(-3, 3) + 1
+    features[:, 3] = 5.0
+    classifier, decay = torch.nn.Linear(6, 3), 0.02
+    loss, iterations = main_lincls.fit_lbfgs(classifier, features, labels, decay)
 
-    def one_hot(backbone, images, *args):
-        labels = shapes.train_labels[:256] if len(images) == 256 else shapes.test_labels[:100]
-        return torch.nn.functional.one_hot(labels, 32).float()
+    standard = (features.double() - features.double().mean(dim=0)) / features.double().std(dim=0).clamp(min=1e-6)
+    standard = torch.cat((standard, torch.ones(200, 1)), dim=1)  # the bias is one more weight
 
-    monkeypatch.setattr(main_lincls, "extract_features", one_hot)
-    run_lincls("--pretrained", tmp_path / "backbone.pt", "--features", "cached", "--epochs", 10, "--trial", "eval")
-    assert log.read("experiments/eval")[-1]["test_top1"] == 100
+    def objective(flat):
+        entropy = torch.nn.functional.cross_entropy(standard @ flat.view(3, 7).T, labels)
+        return entropy + decay / 2 * flat.square().sum()
 
-
-def test_the_config_has_every_setting(finished_run, run_lincls):
-    path = os.path.join(finished_run, "backbone.pt")
-    run_lincls("--pretrained", path, "--features", "cached", "--epochs", 1, "--batch_size", 128, "--trial", "eval")
-    with open("experiments/eval/config.json") as file:
-        settings = json.load(file)["settings"]
-    assert settings["pretrained"] == path and settings["num_cls"] == 10
-    assert settings["lr"] == 15.0  # the rate follows the batch
-
-
-def test_a_loss_that_is_not_finite_is_no_result(finished_run, run_lincls, capsys):
-    assert run_lincls("--pretrained", os.path.join(finished_run, "backbone.pt"), "--features", "cached", "--lr", 1e38) == 1
-    captured = capsys.readouterr()
-    assert "lower --lr" in captured.err and "linear top-1" not in captured.out
-
-
-def results(trial):
-    with open(f"experiments/{trial}/results.json") as file:
-        return json.load(file)
+    flat = torch.zeros(21, dtype=torch.float64)
+    for _ in range(20):
+        gradient = torch.autograd.functional.jacobian(objective, flat)
+        flat = flat - torch.linalg.solve(torch.autograd.functional.hessian(objective, flat), gradient)
+    assert gradient.abs().max() < 1e-9 and iterations < 200
+    with torch.no_grad():
+        logits = classifier(features).double()
+    torch.testing.assert_close(logits, standard @ flat.view(3, 7).T, rtol=1e-3, atol=1e-3)
+    assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=1e-4)
 
 
-def stop_at(count, monkeypatch):
-    """Have SIGTERM come in the count-th step."""
-    usual, calls = main_lincls.train_step, 0
+def test_a_backbone_that_moves_is_noticed(run_lincls, monkeypatch):
+    usual = simsiam.load_backbone
 
-    def train_step(*args):
-        nonlocal calls
-        calls += 1
-        if calls == count:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return usual(*args)
+    def in_training_mode(*args, **options):
+        backbone = usual(*args, **options)
+        backbone.eval = lambda: None
+        return backbone.train()  # the batch norm statistics would drift
 
-    monkeypatch.setattr(main_lincls, "train_step", train_step)
-
-
-@pytest.mark.parametrize("args, stops", [
-    ("--epochs 3 --batch_size 64 --seeds 2 --fraction 0.8", (1, 7, 8)),  # four steps an epoch, of two classifiers each
-    ("--features cached --epochs 3 --batch_size 64", (6,)),
-    ("--features cached --epochs 12 --optimizer lbfgs --weight_decay 0.01", (5,)),
-])
-def test_a_stopped_evaluation_goes_on_exactly(finished_run, run_lincls, no_gpu, monkeypatch, capsys, args, stops):
-    base = ["--pretrained", os.path.join(finished_run, "backbone.pt"), *args.split()]
-    assert run_lincls(*base, "--trial", "whole") == 0
-    go_on = [*base, "--trial", "stopped"]
-    for count in stops:
-        with monkeypatch.context() as patch:
-            stop_at(count, patch)
-            assert run_lincls(*go_on) == 128 + signal.SIGTERM
-        go_on = capsys.readouterr().out.split("main_lincls.py ")[-1].split()
-        assert go_on == ["--resume", "experiments/stopped/evaluation.pt"]
-    assert main_lincls.main(go_on) == 0
-    names = [name for name in os.listdir("experiments/whole") if name.startswith("classifier")]
-    assert len(names) == (2 if "--seeds" in args else 1)
-    for name in names:
-        whole, stopped = (checkpoint.load(f"experiments/{trial}/{name}") for trial in ("whole", "stopped"))
-        assert torch.equal(whole["weight"], stopped["weight"]) and torch.equal(whole["bias"], stopped["bias"])
-    without_time = [[{**record, "seconds": 0} for record in log.read(f"experiments/{trial}")] for trial in ("whole", "stopped")]
-    assert without_time[0] == without_time[1] and {**results("whole"), "seconds": 0} == {**results("stopped"), "seconds": 0}
+    monkeypatch.setattr(simsiam, "load_backbone", in_training_mode)
+    with pytest.raises(AssertionError, match="moved.*bn1.running_mean"):
+        run_lincls("--epochs", 1)
 
 
-def test_a_time_limit_ends_with_zero_and_auto_goes_on(finished_run, run_lincls, no_gpu, capsys):
-    base = ["--pretrained", os.path.join(finished_run, "backbone.pt"), "--features", "cached"]
-    assert run_lincls(*base, "--max_minutes", 1e-6, "--trial", "a") == 0
-    assert "stopped; to go on" in capsys.readouterr().out
-    assert run_lincls("--resume", "auto") == 0
-    assert log.read("experiments/a")[-1]["epoch"] == 100
-    capsys.readouterr()
-    for again in ((), base):
-        assert run_lincls(*again, "--resume", "auto") == 0
-        assert "already done, epoch 100 of 100" in capsys.readouterr().out
+@pytest.mark.parametrize("updates", [1, 6, 8])  # in the first epoch, in the second, in its last step
+def test_an_interrupted_evaluation_resumes_to_the_same_result(run_lincls, no_gpu, monkeypatch, capsys, updates):
+    settings = ("--epochs", 4, "--batch_size", 32, "--fraction", 0.8)
+    assert run_lincls(*settings, "--trial", "whole") == 0
+    usual, calls = torch.optim.SGD.step, []
 
+    def step(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == updates:
+            signal.raise_signal(signal.SIGTERM)
+        return usual(*args, **kwargs)
 
-def test_a_finished_evaluation_is_not_taken_for_one_of_another_backbone(finished_run, run_lincls, no_gpu, capsys):
-    """As where a run was made again under its old name."""
-    shutil.copy(os.path.join(finished_run, "backbone.pt"), "backbone.pt")
-    base = ["--pretrained", "backbone.pt", "--features", "cached", "--epochs", 1]
-    assert run_lincls(*base, "--trial", "a") == 0
-    state = checkpoint.load("backbone.pt")
-    checkpoint.save("backbone.pt", {**state, "bn1.bias": state["bn1.bias"] + 1})
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run_lincls(*base, "--trial", "a", "--resume", "auto")
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and "not the backbone that" in said and said.count("\n") == 1
-
-
-def test_an_evaluation_goes_on_without_its_log(finished_run, run_lincls, no_gpu, monkeypatch):
-    """And the best epoch is still one of all epochs."""
-    base = ["--pretrained", os.path.join(finished_run, "backbone.pt"), "--features", "cached", "--epochs", 4, "--batch_size", 64]
-    assert run_lincls(*base, "--trial", "whole") == 0
     with monkeypatch.context() as patch:
-        stop_at(14, patch)
-        assert run_lincls(*base, "--trial", "stopped") == 128 + signal.SIGTERM
-    os.remove("experiments/stopped/log.jsonl")
+        patch.setattr(torch.optim.SGD, "step", step)
+        assert run_lincls(*settings, "--trial", "stopped") == 128 + signal.SIGTERM
+    command = capsys.readouterr().out.split("main_lincls.py ")[-1].split()
+    assert command == ["--resume", "experiments/stopped/evaluation.pt"]
+    assert run_lincls(*command) == 0
+    whole, stopped = (checkpoint.load(f"experiments/{trial}/classifier.pt") for trial in ("whole", "stopped"))
+    assert torch.equal(whole["weight"], stopped["weight"]) and results("whole") == results("stopped")
+    logs = [[{**record, "seconds": 0} for record in log.read(f"experiments/{trial}")] for trial in ("whole", "stopped")]
+    assert logs[0] == logs[1]
     assert run_lincls("--resume", "auto", "--trial", "stopped") == 0
-    assert {**results("whole"), "seconds": 0} == {**results("stopped"), "seconds": 0}
+    assert "already finished" in capsys.readouterr().out
 
 
-def test_weights_that_are_not_finite_are_no_result(finished_run, run_lincls, capsys):
-    base = ["--pretrained", os.path.join(finished_run, "backbone.pt"), "--features", "cached", "--trial", "a"]
-    assert run_lincls(*base, "--epochs", 1, "--batch_size", 256, "--lr", 1e39) == 1  # the only loss comes before the step
-    captured = capsys.readouterr()
-    assert "not finite numbers after the last step; lower --lr (1e+39)" in captured.err and "linear top-1" not in captured.out
-    assert not os.path.exists("experiments/a/classifier.pt")
+def test_a_time_limit_stops_either_kind_before_there_is_a_result(run_lincls, no_gpu):
+    for features in ("augmented", "cached"):
+        assert run_lincls("--features", features, "--max_minutes", 0, "--trial", features) == 0
+        assert not os.path.exists(f"experiments/{features}/results.json")
+        assert run_lincls("--resume", "auto", "--trial", features) == 0 and results(features)["test_top1"] >= 0
 
 
-def test_a_class_without_test_pictures_has_no_accuracy(finished_run, run_lincls, no_gpu):
-    run_lincls("--pretrained", os.path.join(finished_run, "backbone.pt"), "--features", "cached", "--epochs", 1, "--test_size", 3, "--trial", "a")
-    assert list(results("a")["class_top1"].values()).count(None) >= 7
-
-
-def test_a_file_that_cannot_be_written_is_an_error(finished_run, run_lincls, no_gpu, monkeypatch, capsys):
-    usual = checkpoint.save
-
-    def save(path, *args, **options):
-        if path.endswith("classifier-seed0.pt"):
-            raise OSError("no room for classifier-seed0.pt")
-        usual(path, *args, **options)
-
-    monkeypatch.setattr(checkpoint, "save", save)
-    base = ["--pretrained", os.path.join(finished_run, "backbone.pt"), "--features", "cached", "--epochs", 1, "--seeds", 2]
-    assert run_lincls(*base, "--trial", "a") == 1
-    assert "error: no room for classifier-seed0.pt" in capsys.readouterr().err
-    assert os.path.exists("experiments/a/classifier-seed1.pt") and os.path.exists("experiments/a/results.json")
-
-
-def test_a_classifier_of_another_backbone_is_warned_of(finished_run, run_lincls, no_gpu, capsys):
-    path = os.path.join(finished_run, "backbone.pt")
-    run_lincls("--pretrained", path, "--features", "cached", "--epochs", 1, "--trial", "a")
-    checkpoint.save("other.pt", {name: 2 * value for name, value in checkpoint.load(path).items()})
-    assert "another backbone" not in capsys.readouterr().err
+def test_another_backbone_is_not_resumed_and_a_classifier_of_it_is_warned_of(
+    run_lincls, finished_run, refused, no_gpu, capsys,
+):
+    assert run_lincls("--features", "cached", "--trial", "a") == 0
+    weights = checkpoint.load(os.path.join(finished_run, "backbone.pt"))
+    checkpoint.save("other.pt", {**weights, "bn1.bias": weights["bn1.bias"] + 1})
+    refused(main_lincls.main, ["--resume", "auto", "--pretrained", "other.pt"], "not the backbone")
     assert run_lincls("--pretrained", "other.pt", "--evaluate", "experiments/a/classifier.pt") == 0
     assert "another backbone" in capsys.readouterr().err
 
 
-def test_several_seeds_are_several_evaluations(finished_run, run_lincls, no_gpu, capsys):
-    base = ["--pretrained", os.path.join(finished_run, "backbone.pt"), "--epochs", 2]
-    for seed in (3, 4, 5):
-        run_lincls(*base, "--seed", seed, "--trial", f"alone{seed}")
-    capsys.readouterr()
-    assert run_lincls(*base, "--seed", 3, "--seeds", 3, "--trial", "together") == 0
-    output = capsys.readouterr().out
-    alone = [results(f"alone{seed}")["test_top1"] for seed in (3, 4, 5)]
-    for seed in (3, 4, 5):
-        one, other = (checkpoint.load(f"experiments/{path}") for path in (f"alone{seed}/classifier.pt", f"together/classifier-seed{seed}.pt"))
-        assert torch.equal(one["weight"], other["weight"])
-    together = results("together")
-    assert together["test_top1_of_seeds"] == alone and together["seeds"] == [3, 4, 5]
-    assert together["test_top1"] == pytest.approx(statistics.mean(alone)) and together["test_top1_std"] == pytest.approx(statistics.stdev(alone))
-    assert f"linear top-1: {statistics.mean(alone):.2f} ± {statistics.stdev(alone):.2f} % (mean and std of 3 classifiers, seeds 3 to 5)" in output
+def test_numbers_that_are_not_finite_are_no_result(run_lincls, capsys):
+    assert run_lincls("--lr", 1e38, "--epochs", 3, "--trial", "a") == 1
+    captured = capsys.readouterr()
+    assert "not finite; lower --lr" in captured.err and "linear top-1" not in captured.out
+    assert not os.path.exists("experiments/a/classifier.pt")
 
 
-def test_evaluate_tests_a_saved_classifier(finished_run, run_lincls, no_gpu, capsys):
-    base = ["--pretrained", os.path.join(finished_run, "backbone.pt")]
-    run_lincls(*base, "--features", "cached", "--epochs", 3, "--trial", "trained")
-    capsys.readouterr()
-    assert run_lincls(*base, "--evaluate", "experiments/trained/classifier.pt", "--trial", "tested") == 0
-    first, second = results("trained"), results("tested")
-    assert f"linear top-1: {first['test_top1']:.2f} %, the first 100 test pictures" in capsys.readouterr().out
-    for name in ("test_top1", "test_top5", "class_top1", "confusion"):
-        assert first[name] == second[name]
-    assert sorted(os.listdir("experiments/tested")) == ["config.json", "log.jsonl", "results.json"]
+def test_a_class_without_test_images_has_no_accuracy(run_lincls, no_gpu):
+    assert run_lincls("--features", "cached", "--test_size", 3, "--trial", "a") == 0
+    assert list(results("a")["class_top1"].values()).count(None) >= 7
 
 
-def test_lbfgs_finds_the_minimum(finished_run, run_lincls, no_gpu, shapes):
-    """The same as Newton's method in float64: the loss is strictly convex."""
-    decay = 0.02
-    path = os.path.join(finished_run, "backbone.pt")
-    assert run_lincls("--pretrained", path, "--features", "cached", "--optimizer", "lbfgs", "--weight_decay", decay, "--trial", "eval") == 0
-    with torch.no_grad():
-        features = simsiam.load_backbone(path)(normalize(shapes.train_images[:256])).double()
-    features = torch.cat((features, torch.ones(256, 1)), dim=1)  # the bias is one more weight
-    weights = torch.zeros(10, 33, dtype=torch.float64)
-
-    def objective(flat):
-        return torch.nn.functional.cross_entropy(features @ flat.view(10, 33).T, shapes.train_labels[:256]) + decay / 2 * flat.square().sum()
-
-    for _ in range(20):
-        flat = weights.flatten().requires_grad_()
-        gradient = torch.autograd.grad(objective(flat), flat)[0]
-        weights = (flat - torch.linalg.solve(torch.autograd.functional.hessian(objective, flat), gradient)).detach()
-    assert gradient.abs().max() < 1e-9
-    ours = checkpoint.load("experiments/eval/classifier.pt")
-    ours = torch.cat((ours["weight"], ours["bias"][:, None]), dim=1).double()
-    assert objective(ours.flatten()).item() == pytest.approx(objective(weights.flatten()).item(), abs=1e-5)
-    torch.testing.assert_close(ours, weights.view(10, 33), rtol=0, atol=0.01)
-
-
-def test_a_fraction_has_the_same_share_of_each_class():
-    labels = torch.randint(10, (3000,), generator=torch.Generator().manual_seed(0))
-    chosen = balanced_subset(labels, 0.1, seed=0)
-    for label, count in enumerate(labels.bincount().tolist()):
-        assert (labels[chosen] == label).sum().item() == round(count / 10)
-    assert torch.equal(chosen, chosen.unique()) and torch.equal(chosen, balanced_subset(labels, 0.1, seed=0))
-    assert not torch.equal(chosen, balanced_subset(labels, 0.1, seed=1))
-    assert torch.equal(balanced_subset(labels, 1.0, seed=0), torch.arange(3000))
-    assert balanced_subset(labels, 1e-9, seed=0).numel() == 10
-
-
-def test_a_fraction_of_the_labels_is_what_is_trained_on(finished_run, run_lincls, no_gpu, capsys):
-    path = os.path.join(finished_run, "backbone.pt")
-    assert run_lincls("--pretrained", path, "--features", "cached", "--fraction", 0.1, "--epochs", 1, "--batch_size", 1, "--trial", "eval") == 0
-    assert " of 256 pictures" in capsys.readouterr().out
-    assert log.read("experiments/eval")[-1]["lr"] == 30 / 256
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_augmented_features_on_a_gpu(shapes):
-    """Compiled they are the eager ones, but for rounding, and those of the CPU from the same draws."""
-    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    backbone = simsiam.resnet18(8).eval()
-    draws = draw_views(50, epoch_generator(0, 0, cpu), 32, 32, scale=(0.08, 1.0))
-    expected = make_augmented_features(backbone, autocast(cpu, "fp32"), MEAN, STD, False)(shapes.train_images[:50], draws)
-    backbone = backbone.to(gpu, memory_format=torch.channels_last)
-    images, draws = shapes.train_images[:50].to(gpu), Draws(*(field.to(gpu) for field in draws))
-    for precision, tolerance in (("fp32", 0.01), ("bf16", 0.1)):
-        for compiled in (False, True):
-            found = make_augmented_features(backbone, autocast(gpu, precision), MEAN, STD, compiled)(images, draws).cpu()
-            assert (found - expected).norm() < tolerance * expected.norm()
-
-
-def test_accuracies_by_hand():
-    logits = torch.randn(500, 7, generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(500) % 7
-    predicted = logits.argmax(dim=1)
-    ranks = [(row > row[label]).sum().item() for row, label in zip(logits, labels)]
-    for k in (1, 5):
-        assert top_k(logits, labels, k) == pytest.approx(100 * sum(rank < k for rank in ranks) / 500)
-    confusion = confusion_matrix(predicted, labels, 7)
-    for true in range(7):
-        for taken in range(7):
-            assert confusion[true, taken] == sum(a == true and b == taken for a, b in zip(labels.tolist(), predicted.tolist()))
-    expected = [100 * (predicted[labels == label] == label).double().mean().item() for label in range(7)]
-    assert class_accuracies(confusion).tolist() == pytest.approx(expected, rel=1e-5)
-
-
-def test_results_say_what_each_class_has(finished_run, run_lincls, no_gpu, shapes):
-    run_lincls("--pretrained", os.path.join(finished_run, "backbone.pt"), "--features", "cached", "--epochs", 3, "--trial", "eval")
-    found = results("eval")
-    assert list(found["class_top1"]) == shapes.classes and found["pictures"] == 100
-    assert [sum(row) for row in found["confusion"]] == shapes.test_labels[:100].bincount(minlength=10).tolist()
-    assert sum(found["confusion"][i][i] for i in range(10)) == pytest.approx(found["test_top1"])
+def test_a_fraction_of_the_labels_is_the_balanced_subset(run_lincls, no_gpu, shapes, monkeypatch):
+    seen = []
+    monkeypatch.setattr(main_lincls, "fit_lbfgs", lambda classifier, features, labels, *rest: (
+        seen.append(labels), (0.0, 1))[1])
+    assert run_lincls("--features", "cached", "--fraction", 0.3, "--seed", 2) == 0
+    expected = shapes.train_labels[:128][balanced_subset(shapes.train_labels[:128], 0.3, 2)]
+    assert torch.equal(seen[0], expected) and len(expected) < 50

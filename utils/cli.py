@@ -54,14 +54,17 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 
 def nearest(word, valid):
-    """'; did you mean ...?' with the valid word nearest to a mistyped one, by initials (lr: learning_rate) or letters;
-    '' if none is near."""
+    """'; did you mean ...?' with the valid word nearest to a mistyped one, by initials (lr, learning_rate) or letters; ''
+    if none is near."""
     def form(text):
         return text.lower().strip("-").replace("-", "_")
 
+    def initials(text):
+        return "".join(part[:1] for part in text.split("_"))
+
     word, forms = form(word), {form(each): each for each in valid}
-    initials = [each for each in forms if len(word) > 1 and word == "".join(part[:1] for part in each.split("_"))]
-    found = initials or difflib.get_close_matches(word, forms, n=1)
+    found = [each for each in forms if len(word) > 1 and word in (initials(each), each) or each == initials(word)]
+    found = found or difflib.get_close_matches(word, forms, n=1)
     return f"; did you mean {forms[found[0]]}?" if found else ""
 
 
