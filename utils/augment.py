@@ -1,8 +1,8 @@
 """SimSiam's augmentation for whole batches, on any device (paper, appendix D).
 
-`draw_views` makes every random number, `apply_views` is a pure function of images and draws. Each image has its own
-crop, flip, jitter factors, jitter order and grayscale. Distributions and arithmetic are those of torchvision's
-RandomResizedCrop (bilinear, antialiased), RandomHorizontalFlip, ColorJitter and RandomGrayscale on float images.
+`draw_views` makes every random number, `apply_views` is a pure function of images and draws, image by image.
+Distributions and arithmetic are those of torchvision's RandomResizedCrop (bilinear, antialiased), RandomHorizontalFlip,
+ColorJitter and RandomGrayscale on float images.
 """
 import math
 from typing import NamedTuple
@@ -43,10 +43,6 @@ class Draws(NamedTuple):
     def rows(self, index):
         """The draws of the images selected by `index`, a slice or an index tensor."""
         return Draws(*(field[index] for field in self))
-
-
-# ---------------------------------------------------------------------------------------------------
-# Drawing
 
 
 def uniform(low, high, shape, generator):
@@ -92,8 +88,7 @@ def draw_views(n, generator, height=SIZE, width=SIZE, scale=SCALE):
     def coin(p):
         return uniform(0, 1, (n,), generator) < p
 
-    strength = torch.tensor(JITTER, device=generator.device)
-    center = torch.tensor((1.0, 1.0, 1.0, 0.0), device=generator.device)
+    strength, center = torch.tensor((JITTER, (1.0, 1.0, 1.0, 0.0)), device=generator.device)
     return Draws(
         top, left, h, w,
         flip=coin(FLIP_P),
@@ -203,10 +198,9 @@ def blend(x, matrix, of_mean):
 def shift_hue(x, turns):
     """Shift the hue of float images [B, 3, H, W] in [0, 1] by turns [B] of the color circle.
 
-    Exactly HSV: the largest and smallest channel values stay. In sixths of the circle and counted from cyan, the hue
-    is 2 + (r - g - b + smallest) / chroma towards blue, or the same in the other direction where green exceeds blue.
-    Red is then at clamp(|hue| - 1, 0, 1) of the way from smallest to largest, green at clamp(2 - |hue + 1|, 0, 1),
-    blue at clamp(2 - |hue - 1|, 0, 1).
+    Exactly HSV: the largest and smallest channel values stay. In sixths of the circle and counted from cyan, the hue is
+    2 + (r - g - b + smallest) / chroma, negative where green exceeds blue. From smallest to largest, red is then at
+    clamp(|hue| - 1, 0, 1), green at clamp(2 - |hue + 1|, 0, 1), blue at clamp(2 - |hue - 1|, 0, 1).
     """
     r, g, b = x.split(1, dim=1)
     smallest = torch.minimum(torch.minimum(r, g), b)
@@ -220,20 +214,13 @@ def shift_hue(x, turns):
     return torch.addcmul(smallest, chroma, position.clamp_(0, 1))
 
 
-def hue_turns(draws):
-    """Hue shift of each image in turns of the color circle: [B]."""
-    return torch.where(draws.jitter, draws.factors[:, HUE], 0.0)
-
-
 def color_jitter(x, draws):
     """ColorJitter with probability, each image in its own order: float [B, 3, H, W] in [0, 1] -> same.
 
     Three blends before the hue shift and three after it cover all 24 orders: each image takes each of its three blends
     on the side where it belongs, and the identity on the other side.
     """
-    matrices, of_mean = blend_matrices(draws)
-    slots = hue_slots(draws)
-    identity = torch.eye(3, device=x.device)
+    (matrices, of_mean), slots, identity = blend_matrices(draws), hue_slots(draws), torch.eye(3, device=x.device)
 
     def blends(x, takes):
         for i in range(3):
@@ -242,7 +229,7 @@ def color_jitter(x, draws):
         return x
 
     x = blends(x, lambda i: i < slots)
-    x = shift_hue(x, hue_turns(draws))
+    x = shift_hue(x, torch.where(draws.jitter, draws.factors[:, HUE], 0.0))
     return blends(x, lambda i: i >= slots)
 
 
@@ -268,10 +255,6 @@ def denormalize(views):
     return torch.cat([views[:, i:i + 1] * STD[i] + MEAN[i] for i in range(3)], dim=1).clamp(0, 1)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Views
-
-
 def apply_views(images, draws):
     """Make the views: uint8 images [B, 3, H, W] and their Draws (B rows, same device) -> normalized float32 views
     [B, 3, SIZE, SIZE]. Pure and batched, without host synchronization on CUDA; torch.compile takes it whole."""
@@ -295,30 +278,20 @@ def apply_views_cpu(images, draws):
     for start in range(0, len(images), CPU_CHUNK):
         chunk = slice(start, start + CPU_CHUNK)
         order = slots[chunk].argsort()
-        made = make_sorted_views(
-            images[chunk].index_select(0, order), draws.rows(chunk).rows(order), slots[chunk].bincount()
-        )
+        sorted_draws = draws.rows(chunk).rows(order)
+        matrices, of_mean = blend_matrices(sorted_draws)
+        matrix, bias = gray_and_normalize(sorted_draws)
+        crops = crop_flip(images[chunk].index_select(0, order), sorted_draws)
+        made, first = torch.empty_like(crops), 0
+        for slot, count in enumerate(slots[chunk].bincount().tolist()):
+            rows = slice(first, first + count)
+            first += count
+            x = crops[rows]
+            for i in range(4 if slot < unjittered else 0):
+                if i == slot:
+                    x = shift_hue(x, sorted_draws.factors[rows, HUE])
+                if i < 3:
+                    x = blend(x, matrices[i, rows], of_mean[i, rows])
+            apply_matrix(x, matrix[rows], bias[rows], out=made[rows])
         torch.index_select(made, 0, order.argsort(), out=views[chunk])
-    return views
-
-
-def make_sorted_views(images, draws, counts):
-    """Views of images sorted by slot: counts[0] images with the hue shift in slot 0, and so on; slot 4: no jitter."""
-    matrices, of_mean = blend_matrices(draws)
-    turns = hue_turns(draws)
-    matrix, bias = gray_and_normalize(draws)
-    crops = crop_flip(images, draws)
-    views = torch.empty_like(crops)
-    start = 0
-    for slot, count in enumerate(counts.tolist()):
-        rows = slice(start, start + count)
-        start += count
-        x = crops[rows]
-        if slot < 4:
-            for i in range(slot):
-                x = blend(x, matrices[i, rows], of_mean[i, rows])
-            x = shift_hue(x, turns[rows])
-            for i in range(slot, 3):
-                x = blend(x, matrices[i, rows], of_mean[i, rows])
-        apply_matrix(x, matrix[rows], bias[rows], out=views[rows])
     return views
