@@ -20,7 +20,7 @@ demo: $(VENV)/.installed
 		--eval_freq 2 --untrained --trial $(DEMO)
 	$(LINEAR) --pretrained experiments/$(DEMO)/untrained.pt --trial $(DEMO)-untrained-linear
 	$(LINEAR) --pretrained experiments/$(DEMO)/backbone.pt --trial $(DEMO)-linear
-	$(RUN) -m utils.log experiments/$(DEMO) experiments/$(DEMO)-untrained-linear experiments/$(DEMO)-linear
+	$(RUN) -m utils.plot experiments/$(DEMO) experiments/$(DEMO)-untrained-linear experiments/$(DEMO)-linear
 
 # Two tests at a time, with a thread each.
 test: $(VENV)/.installed

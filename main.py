@@ -26,7 +26,9 @@ from utils.cli import (
     real_number, run_script, say, set_quiet, warn, whole_number,
 )
 from utils.data import DATASETS, load_dataset
-from utils.device import autocast, describe, memory_layout, select_device, select_precision, set_deterministic
+from utils.device import (
+    autocast, compile_for, describe, memory_layout, select_device, select_precision, set_deterministic,
+)
 from utils.knn import knn_accuracy
 from utils.metrics import collapse_warning
 from utils.plot import plot_views
@@ -117,8 +119,7 @@ def make_forward(args, model, device):
             loss, std = (loss + loss2) / 2, (std + std2) / 2
         return loss, std
 
-    compiled = device.type == "cuda" if args.compile is None else args.compile
-    return torch.compile(forward, dynamic=False) if compiled else forward
+    return compile_for(device, forward, args.compile)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -169,7 +170,7 @@ def pretrain(args, device, data, model, optimizer, scaler, run, state, stop, beg
                 if not all(value.isfinite().all() for value in model.state_dict().values()):
                     return diverged(args, run, f"epoch {epoch + 1}, step {done} of {steps}: a weight is not finite")
                 state["time"] = time.monotonic() - begin
-                run.save(run_files(args, device, state, model, optimizer, scaler), state["epoch"])
+                run.attempt(run.write, run_files(args, device, state, model, optimizer, scaler), state["epoch"])
             if stopping or evaluate:
                 run.draw(draw_run)
             if stopping or finished:

@@ -29,7 +29,7 @@ from utils.cli import (
     bar, fraction, info, real_number, run_script, say, set_quiet, warn, whole_number,
 )
 from utils.data import DATASETS, balanced_subset, load_dataset
-from utils.device import autocast, describe, select_device, select_precision
+from utils.device import autocast, compile_for, describe, select_device, select_precision
 from utils.knn import extract_features
 from utils.metrics import class_accuracies, confusion_matrix, top_k
 from utils.report import REPORT, draw_run
@@ -87,8 +87,7 @@ def make_features(args, backbone, device):
         with torch.no_grad(), precision():
             return backbone(views.contiguous(memory_format=torch.channels_last)).float()
 
-    compiled = device.type == "cuda" if args.compile is None else args.compile
-    return torch.compile(features, dynamic=False) if compiled else features
+    return compile_for(device, features, args.compile)
 
 
 def train_sgd(args, device, data, backbone, classifier, optimizer, test_features, run, state, stop):
@@ -124,7 +123,7 @@ def train_sgd(args, device, data, backbone, classifier, optimizer, test_features
                 return
             top1 = run.records[-1]["test_top1"]
             progress.update(epoch + 1, f"loss {loss:.3f}, test top-1 {top1:.2f} %", keep=epoch + 1 == args.epochs)
-            run.save(evaluation_files(args, device, run.records, classifier, optimizer), epoch + 1)
+            run.attempt(run.write, evaluation_files(args, device, run.records, classifier, optimizer), epoch + 1)
 
 
 def step_rate(rate, epoch, epochs):

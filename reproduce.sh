@@ -82,5 +82,4 @@ done
     --data_root "$DATA" $DEVICE
 # shellcheck disable=SC2086
 "$PYTHON" export.py check "$ENTRY" --weights "$WEIGHTS" --data_root "$DATA" $DEVICE
-"$PYTHON" -m utils.plot "$EXP"/seed[0-9] --output "$EXP"
-"$PYTHON" -m utils.log "$EXP"/seed*
+"$PYTHON" -m utils.plot "$EXP"/seed* --output "$EXP"

@@ -6,7 +6,7 @@
     python benchmarks/speed.py --profile profile.txt
 
 end_to_end  views per second of training: main.py's second epoch, and as many steps of plain.py after a warm-up
-memory      peak resident memory of training in MiB, without loader processes (CPU only)
+memory      peak resident memory in MiB of the same runs, with main.py's kNN and without loader processes (CPU only)
 views       views per second of the augmentation alone
 knn         seconds to classify 10,000 features by the nearest 200 of 60,000, in 128 dimensions
 
@@ -100,7 +100,7 @@ def seconds(work):
 
 def measure_training(args, device, width, batch):
     """Results of end_to_end and of memory."""
-    steps = args.steps or (6 if device.type == "cpu" else max(1, 50_000 // batch))
+    steps = args.steps or (4 if device.type == "cpu" else max(1, 50_000 // batch))
     pairs = take_turns(args, plain=lambda: run_plain(args, width, batch, steps, max(1, CORES - 1)),
                        ours=lambda: run_main(args, width, batch, steps))
     return [{name: [pair[i] for pair in pairs[name]] for name in pairs} for i in range(2)]

@@ -23,11 +23,8 @@ def to_bytes(state):
 
 
 def write(path, content, keep_previous=False):
-    """Write bytes to path atomically: a temporary file, fsync, rename.
-
-    keep_previous: the replaced file stays as previous_path(path). Raises OSError that names path; the old file is then
-    unchanged.
-    """
+    """Write bytes to path atomically: a temporary file, fsync, rename. keep_previous: the replaced file stays as
+    previous_path(path). Raises OSError that names path; the old file is then unchanged."""
     partial = f"{path}.partial"
     try:
         with open(partial, "wb") as file:
@@ -49,8 +46,7 @@ def write(path, content, keep_previous=False):
 
 
 def keep(path):
-    """Give the file its previous_path as a second name; `path` exists at every moment. Renames where the file system
-    has no hard links."""
+    """Give the file its previous_path as a second name, so that `path` always exists; without hard links, rename it."""
     second = f"{previous_path(path)}.partial"
     try:
         if os.path.lexists(second):  # left by a killed process
@@ -70,38 +66,37 @@ def previous_path(path):
 def load(path):
     """Read a checkpoint onto the CPU, with weights_only=True: code in the file does not run.
 
-    Raises FileNotFoundError, IsADirectoryError or another OSError if the file cannot be read, and ValueError if it is
-    truncated, damaged (its checksums do not match) or holds more than tensors and plain values, which it then names.
+    Raises OSError if the file cannot be read, and ValueError if it is truncated, damaged (by its checksums) or holds
+    more than tensors and plain values, which it then names.
     """
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path!r} is a folder, not a checkpoint")
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path!r}: no such file")
     with open(path, "rb") as file:
-        content = file.read()
+        content = io.BytesIO(file.read())
+    is_zip = zipfile.is_zipfile(content)
     try:
-        if zipfile.is_zipfile(io.BytesIO(content)):  # torch.load does not verify the checksums
-            with zipfile.ZipFile(io.BytesIO(content)) as archive:
-                if archive.testzip() is not None:
-                    raise zipfile.BadZipFile("a checksum does not match")
+        if is_zip and zipfile.ZipFile(content).testzip() is not None:  # torch.load does not verify the checksums
+            raise zipfile.BadZipFile("a checksum does not match")
+        content.seek(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            return torch.load(content, map_location="cpu", weights_only=True)
     except Exception as error:  # of any type: torch.load parses arbitrary bytes
-        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
+        reason = "truncated or damaged" if content.getbuffer().nbytes else "the file is empty"
+        if is_zip and isinstance(error, pickle.UnpicklingError):
             reason = f"it holds pickled code{needed_globals(content)}, which is not run; save its state_dict alone"
-        else:
-            reason = "truncated or damaged" if content else "the file is empty"
         raise ValueError(f"{path!r} cannot be read as a checkpoint: {reason}") from error
 
 
 def needed_globals(content):
     """' (name, name)': the code that a file of torch.save refers to; '' if that cannot be found out."""
+    content.seek(0)
     try:
-        needed = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content)))
+        return f" ({', '.join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(content))[:3])})"
     except Exception:  # of any type, as in load
         return ""
-    return f" ({', '.join(needed[:3])}{' ...' * (len(needed) > 3)})" if needed else ""
 
 
 def digest(tensors):
@@ -109,8 +104,7 @@ def digest(tensors):
     found = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
-        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        found.update(value.numpy().tobytes())
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode() + value.numpy().tobytes())
     return found.hexdigest()
 
 

@@ -9,8 +9,15 @@ import time
 
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------
-# Arguments
+LINE_SECONDS = 30  # between lines of progress where there is no terminal
+quiet = False      # --quiet: `info` and the bars show nothing
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description as written, and the default of each option that has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,16 +53,8 @@ class Parser(argparse.ArgumentParser):
             self.error(str(error))
 
 
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Description as written; defaults in the help of the options that have one."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
 def nearest(word, valid):
-    """'; did you mean ...?' with the valid word nearest to a mistyped one, by initials (lr, learning_rate) or letters; ''
-    if none is near."""
+    """'; did you mean ...?' with the valid word nearest to a typed one by initials (lr, learning_rate) or letters, or ''."""
     def form(text):
         return text.lower().strip("-").replace("-", "_")
 
@@ -85,8 +84,7 @@ def whole_number(least):
     return number(int, least, 2**32 - 1)
 
 
-real_number = number(float)                      # 0 or more
-positive_number = number(float, above=True)
+real_number = number(float)  # 0 or more
 fraction = number(float, most=1, above=True)
 
 
@@ -101,6 +99,13 @@ def add_data_options(parser, datasets, positional=True):
     return group
 
 
+def add_normalization(group, mean, std):
+    """--mean and --std per channel, with these defaults."""
+    for name, values in (("mean", mean), ("std", std)):
+        group.add_argument(f"--{name}", type=number(float, above=name == "std"), nargs=3, default=list(values),
+                           metavar=("R", "G", "B"), help=f"{name} that the backbone's images are normalized by")
+
+
 def add_device_options(parser, compiled=False):
     """--gpu, --precision, and with compiled=True --compile; returns their group."""
     group = parser.add_argument_group("device")
@@ -108,8 +113,7 @@ def add_device_options(parser, compiled=False):
     group.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
                        help="auto: bf16 on GPUs that support it, fp16 on older ones, fp32 on the CPU")
     if compiled:
-        group.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                           help="torch.compile (default: on with CUDA, off on the CPU)")
+        group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on with CUDA only")
     return group
 
 
@@ -125,27 +129,12 @@ def add_run_options(parser):
     return group
 
 
-def add_normalization(group, mean, std):
-    """--mean and --std per channel, with these defaults."""
-    for name, values, number in (("mean", mean, real_number), ("std", std, positive_number)):
-        group.add_argument(f"--{name}", type=number, nargs=3, default=list(values), metavar=("R", "G", "B"),
-                           help=f"{name} that the backbone's images are normalized by, in [0, 1]")
-
-
 def run_script(main):
     """Call a script's main and exit with its code; without a traceback on Ctrl-C."""
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Messages and progress
-
-LINE_SECONDS = 30  # between lines of progress where there is no terminal
-quiet = False      # set by --quiet: `info` and the bars show nothing
 
 
 def set_quiet(value):
@@ -177,8 +166,7 @@ class Progress:
     """Progress of a run over its epochs: a bar on a terminal, else a line every LINE_SECONDS. A context manager."""
 
     def __init__(self, epochs, done):
-        self.epochs, self.first, self.begin = epochs, done, time.monotonic()
-        self.spoken = self.begin
+        self.epochs, self.first, self.begin, self.spoken = epochs, done, time.monotonic(), time.monotonic()
         self.bar = bar(total=epochs, initial=done, smoothing=0, mininterval=0.2,
                        bar_format="{bar}| {n:.1f}/{total} epochs [{elapsed}<{remaining}{postfix}]")
 
@@ -200,24 +188,19 @@ class Progress:
             info(f"epoch {done:.{0 if figures else 2}f}/{self.epochs}{'  ' if figures else ''}{figures or ''}{left}")
 
 
-# ---------------------------------------------------------------------------------------------------
-# Stopping
-
-
 class Stopped(Exception):
     """Raised by StopRequest.check."""
 
 
 class StopRequest:
     """Inside the context, the first SIGINT, SIGTERM or SIGHUP, and the time limit, only make `requested` true, so that
-    the step can finish and a checkpoint be written. A second signal acts as usual.
+    the step can finish and a checkpoint be written. A second signal acts as usual; ignored signals stay ignored.
 
-    minutes: limit since `start`, a value of time.monotonic(); None for none. Signals that the process ignores, such as
-    SIGHUP under nohup, stay ignored.
+    minutes: limit since `start`, a value of time.monotonic(). exit_code: 128 + the signal's number, 0 for the limit.
     """
 
     def __init__(self, minutes=None, start=0.0):
-        self.signal = None
+        self.signaled, self.exit_code = False, 0
         self.deadline = math.inf if minutes is None else start + 60 * minutes
 
     def __enter__(self):
@@ -227,7 +210,7 @@ class StopRequest:
         return self
 
     def note(self, number, frame):
-        self.signal = number
+        self.signaled, self.exit_code = True, 128 + number
         self.__exit__()
 
     def __exit__(self, *exception):
@@ -236,14 +219,9 @@ class StopRequest:
 
     @property
     def requested(self):
-        return self.signal is not None or time.monotonic() > self.deadline
+        return self.signaled or time.monotonic() > self.deadline
 
     def check(self):
         """Raise Stopped if a stop is requested: for long work that can be repeated."""
         if self.requested:
             raise Stopped
-
-    @property
-    def exit_code(self):
-        """128 + the signal's number; 0 for the time limit."""
-        return 0 if self.signal is None else 128 + self.signal

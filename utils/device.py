@@ -19,8 +19,8 @@ def select_device(gpu):
         prepare_cpu()
         return torch.device("cpu")
     if not 0 <= (gpu or 0) < count:
-        raise ValueError(f"--gpu {gpu}: " + (f"CUDA sees GPUs 0 to {count - 1}" if count else
-                                             "CUDA sees no GPU here; omit --gpu to use the CPU"))
+        seen = f"CUDA sees GPUs 0 to {count - 1}" if count else "CUDA sees no GPU here; omit --gpu to use the CPU"
+        raise ValueError(f"--gpu {gpu}: {seen}")
     device = torch.device("cuda", gpu or 0)
     torch.cuda.set_device(device)  # else a context is created on GPU 0 too
     return device
@@ -31,19 +31,15 @@ def select_precision(name, device):
     for fp16 on the CPU."""
     if name == "fp16" and device.type == "cpu":
         raise ValueError("--precision fp16 requires a CUDA GPU; on the CPU use fp32 or bf16")
-    if name != "auto":
-        return name
-    if device.type == "cpu":
-        return "fp32"
+    if name != "auto" or device.type == "cpu":
+        return "fp32" if name == "auto" else name
     return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
 
 
 def autocast(device, precision):
     """A function that makes the autocast context of a precision; for fp32 autocast is off."""
-    return functools.partial(
-        torch.autocast, device.type, dtype=DTYPES[precision] if precision != "fp32" else None,
-        enabled=precision != "fp32",
-    )
+    return functools.partial(torch.autocast, device.type, dtype=None if precision == "fp32" else DTYPES[precision],
+                             enabled=precision != "fp32")
 
 
 def memory_layout(device, width, batch_size):
@@ -54,6 +50,12 @@ def memory_layout(device, width, batch_size):
     """
     crashes = device.type == "cpu" and (width < 8 or width < 16 and batch_size % 2 == 1)
     return torch.contiguous_format if crashes else torch.channels_last
+
+
+def compile_for(device, function, choice=None):
+    """The function compiled by Inductor, or as it is. choice: True, False, or None for on with CUDA, off on the CPU."""
+    compiled = device.type == "cuda" if choice is None else choice
+    return torch.compile(function, dynamic=False) if compiled else function
 
 
 def set_deterministic(on):
@@ -68,29 +70,22 @@ def describe(device):
     """The device in words: the GPU's name, or the CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def quota_cores(path=CPU_QUOTA):
-    """Cores granted by a container's CPU quota (Linux, cgroup 2), at least 1; None without a quota."""
-    try:
-        with open(path) as file:
-            quota, period = file.read().split()
-        return max(1, int(quota) // int(period))
-    except (OSError, ValueError):  # no such file, or "max"
-        return None
+    return f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
 
 
 def prepare_cpu():
-    """Limit threads to the container's quota, unless OMP_NUM_THREADS is set, and make glibc keep freed memory.
+    """Limit threads to a container's CPU quota, unless OMP_NUM_THREADS is set, and make glibc keep freed memory.
 
     A step frees and allocates all its activations; by default each page goes back to the system and comes back zeroed.
     Keeping them is up to a fifth faster and leaves more holes in the heap. Any MALLOC_ variable switches it off.
     """
-    quota = quota_cores()
-    if quota is not None and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(torch.get_num_threads(), quota))
+    try:
+        with open(CPU_QUOTA) as file:
+            quota, period = map(int, file.read().split())
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(min(torch.get_num_threads(), max(1, quota // period)))
+    except (OSError, ValueError):  # no such file, or no quota: "max"
+        pass
     if sys.platform == "linux" and not any(name.startswith("MALLOC_") for name in os.environ):
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only
         if mallopt is not None:

@@ -1,25 +1,22 @@
-"""log.jsonl: one JSON object a line, one line an epoch; and a table of runs from their logs:
-
-    python -m utils.log FOLDER...
-"""
+"""log.jsonl: one JSON object a line, one line an epoch."""
+import contextlib
 import json
 import os
 
 from utils.checkpoint import read_json
-from utils.cli import Parser
 
 LOG = "log.jsonl"
 
 
 def append(folder, records):
-    """Append lines to the log and flush them to the disk. All or none: raises OSError that names the file."""
+    """Append lines to the log and flush them to the disk: all or none. Raises OSError that names the file."""
     path = os.path.join(folder, LOG)
     content = "".join(f"{json.dumps(record)}\n" for record in records).encode()
     try:
         with open(path, "ab", buffering=0) as file:
             size = file.tell()
             try:
-                if file.write(content) < len(content):  # what a disk has room for
+                if file.write(content) < len(content):
                     raise OSError("disk full")
                 os.fsync(file.fileno())
             except OSError:
@@ -29,22 +26,27 @@ def append(folder, records):
         raise OSError(f"{path} could not be written ({error.strerror or error})") from error
 
 
+def size(folder):
+    """Bytes of the log; 0 if there is none."""
+    path = os.path.join(folder, LOG)
+    return os.path.getsize(path) if os.path.exists(path) else 0
+
+
 def truncate(folder, epoch):
     """Drop the lines after an epoch, which a resumed run writes again, and an unfinished last line."""
     with open(os.path.join(folder, LOG), "rb+") as file:
         end = 0
         for line in file:
-            try:
-                if not line.endswith(b"\n") or json.loads(line)["epoch"] > epoch:
-                    break
-            except (ValueError, KeyError, TypeError):
-                break
-            end += len(line)
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                if line.endswith(b"\n") and json.loads(line)["epoch"] <= epoch:
+                    end += len(line)
+                    continue
+            break
         file.truncate(end)
 
 
 def read(folder, empty=False):
-    """The log as a list of dicts of numbers, by epoch; an unfinished last line is ignored.
+    """The log as a list of dicts of numbers; an unfinished last line is ignored.
 
     Raises OSError without a log, and ValueError if it is not one or, unless `empty`, has no epoch.
     """
@@ -55,10 +57,10 @@ def read(folder, empty=False):
         lines = [line for line in file if line.endswith("\n")]
     try:
         records = [json.loads(line) for line in lines]
-        records = sorted({record["epoch"]: record for record in records}.values(), key=lambda record: record["epoch"])
-        if not all(isinstance(value, (int, float)) for record in records for value in record.values()):
+        if not all(isinstance(record["epoch"], int) and isinstance(value, (int, float))
+                   for record in records for value in record.values()):
             raise ValueError("not a number")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the log of a run ({error})") from error
     if not records and not empty:
         raise ValueError(f"{path}: no epoch yet")
@@ -80,40 +82,25 @@ def figures(records):
 
 
 def summarize(folder):
-    """The last figures of a run as a dict: what to print and what to put into tables."""
+    """The last figures of a run as a dict: a row of the table."""
     records = read(folder)
-    path = os.path.join(folder, "config.json")
-    config = read_json(path) if os.path.exists(path) else {}
-    figures = {"epoch": records[-1]["epoch"]}
-    figures |= {
-        key: value for key in ("loss", "std", "knn1", "knn200", "train_loss", "test_top1") if
-        (value := last(records, key)) is not None
-    }
+    keys = ("epoch", "loss", "std", "knn1", "knn200", "train_loss", "test_top1")
+    row = {key: last(records, key) for key in keys if last(records, key) is not None}
     if records[0]["epoch"] == 0:
-        figures["untrained knn200"] = records[0]["knn200"]
-    if "test_top1" in figures:
-        figures["best_top1"] = max(record["test_top1"] for record in records)
-    seconds = records[-1].get("time") or sum(record.get("seconds", 0) for record in records)
-    return figures | {"minutes": seconds / 60, "device": config.get("device", "")}
+        row["untrained knn200"] = records[0]["knn200"]
+    if "test_top1" in row:
+        row["best epoch"] = max(record["test_top1"] for record in records)
+    row["minutes"] = (last(records, "time") or sum(record.get("seconds", 0) for record in records)) / 60
+    path = os.path.join(folder, "config.json")
+    return row | ({"device": read_json(path)["device"]} if os.path.exists(path) else {})
 
 
-def make_parser():
-    parser = Parser(prog="python -m utils.log", description=__doc__)
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a run's folder, with its log.jsonl")
-    return parser
-
-
-def main(argv=None):
-    parser = make_parser()
-    folders = parser.parse_args(argv).folders
-    with parser.user_errors():
-        rows = {folder: summarize(folder) for folder in folders}
+def table(folders):
+    """The last figures of runs as a Markdown table. Raises OSError and ValueError for a folder without a log."""
+    rows = {os.path.basename(os.path.normpath(folder)): summarize(folder) for folder in folders}
     keys = list(dict.fromkeys(key for row in rows.values() for key in row))
-    print(f"| run | {' | '.join(keys)} |\n| {' | '.join(['---'] * (len(keys) + 1))} |")
-    for folder, row in rows.items():
+    lines = [["run", *keys], ["---"] * (len(keys) + 1)]
+    for name, row in rows.items():
         cells = [f"{row[key]:.2f}" if isinstance(row.get(key), float) else str(row.get(key, "–")) for key in keys]
-        print(f"| {os.path.basename(os.path.normpath(folder))} | {' | '.join(cells)} |")
-
-
-if __name__ == "__main__":
-    main()
+        lines.append([name, *cells])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -1,7 +1,7 @@
 """Figures of runs, from their logs.
 
-    python -m utils.plot FOLDER                      # one run, in its own folder
-    python -m utils.plot FOLDER... --output DIR      # several runs in common figures
+    python -m utils.plot FOLDER...                   # a table of their last figures
+    python -m utils.plot FOLDER... --output DIR      # and their curves in common figures
 
 Runs whose folder names differ only in a final seedN are drawn as their mean with a band of one standard deviation.
 """
@@ -10,6 +10,7 @@ import os
 import re
 import statistics
 
+import numpy
 import torch
 from matplotlib import style
 from matplotlib.figure import Figure
@@ -87,7 +88,7 @@ def level(axes, y, words):
 
 
 def mark_levels(axes, name, keys, settings):
-    """What a figure's values are to be compared with: the settings are those of the runs in it."""
+    """What to compare a figure's values with; settings: of the runs in it."""
     if name == "std":
         axes.set_ylim(0, max(1.15, axes.get_ylim()[1]))
         level(axes, 1, "1: spread over the whole sphere")
@@ -101,18 +102,16 @@ def mark_levels(axes, name, keys, settings):
 
 
 def plot_runs(folders, output):
-    """Draw the figures of runs of main.py or main_lincls.py as PNG files in `output`; returns their names. Raises
-    OSError and ValueError for a folder without a log."""
+    """Draw the figures of runs of main.py or main_lincls.py as PNG files in `output`. Raises OSError, and ValueError for
+    a folder without a log."""
     runs = {folder: log.read(folder) for folder in folders}
     settings = [read_config(folder)["settings"] for folder in folders if os.path.exists(f"{folder}/config.json")]
-    drawn = []
+    groups = group_seeds(runs)
     for name, (words, ylabel) in FIGURES.items():
         keys = [key for key in words if any(key in record for records in runs.values() for record in records)]
         if not keys or name == "top1-acc" and not {"knn200", "test_top1"} & set(keys):
             continue
-        groups = group_seeds(runs)
-        if len(groups) > 1:
-            keys = keys[:1]
+        keys = keys[:1] if len(groups) > 1 else keys
         with figure(output, name, height=3.0 + 0.19 * (len(groups) > 1) * len(groups)) as drawing:
             axes = drawing.subplots()
             for i, (label, group) in enumerate(groups.items()):
@@ -127,8 +126,6 @@ def plot_runs(folders, output):
                 drawing.legend(loc="outside lower left")
             elif len(keys) > 1:
                 axes.legend()
-        drawn.append(name)
-    return drawn
 
 
 def plot_run(folder):
@@ -152,8 +149,7 @@ def plot_confusion(folder, confusion, classes, name="confusion"):
         if named:
             axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right", rotation_mode="anchor")
             axes.set_yticks(range(len(classes)), classes)
-            for (row, column), share in ((index, shares[index]) for index in torch.cartesian_prod(
-                *[torch.arange(len(classes))] * 2).tolist() for index in [tuple(index)]):
+            for (row, column), share in numpy.ndenumerate(shares):
                 axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=7.5,
                           color="white" if share > 55 else "black")
         axes.set(xlabel="predicted class", ylabel="true class")
@@ -188,7 +184,7 @@ def plot_views(folder, images, views1, views2, draws1, draws2, columns=6):
 def make_parser():
     parser = Parser(prog="python -m utils.plot", description=__doc__)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a run's folder, with its log.jsonl")
-    parser.add_argument("--output", metavar="DIR", help="folder for the figures (default: that of the only run)")
+    parser.add_argument("--output", metavar="DIR", help="folder for the figures")
     return parser
 
 
@@ -196,11 +192,10 @@ def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     with parser.user_errors():
-        if args.output is None and len(args.folders) > 1:
-            raise ValueError("several runs require --output DIR")
-        output = args.output or args.folders[0]
-        os.makedirs(output, exist_ok=True)
-        print(f"{output}: {', '.join(f'{name}.png' for name in plot_runs(args.folders, output))}")
+        print(log.table(args.folders))
+        if args.output is not None:
+            os.makedirs(args.output, exist_ok=True)
+            plot_runs(args.folders, args.output)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import os
 import shlex
 
 from utils import checkpoint, log, plot
-from utils.run import BACKBONE, PROCESS, RESULTS, read_config
+from utils.run import BACKBONE, RESULTS, read_config
 
 REPORT = "report.html"
 STYLE = """
@@ -72,23 +72,12 @@ def evaluation_command(settings, folder, on_cpu):
     return shlex.join([*words, settings["data_root"]])
 
 
-def rerun_command(argv):
-    """The command of a run without the options of its process and its folder's name."""
-    options = {f"--{name}" for name in (*PROCESS, "trial")}
-    words, skip = ["python", os.path.basename(argv[0])], False
-    for word in argv[1:]:
-        if not (skip or word.split("=")[0] in options):
-            words.append(word)
-        skip = not skip and word in options - {"--quiet"}
-    return shlex.join(words)
-
-
 def write_report(folder):
     """Write report.html in the folder of a run of main.py or main_lincls.py. Raises OSError, and ValueError without a
     readable config.json."""
     config, records = read_config(folder), log.read(folder, empty=True)
     settings = config["settings"]
-    commands = [f"git checkout {config['commit']}"] * bool(config["commit"]) + [rerun_command(config["argv"])]
+    commands = [f"git checkout {config['commit']}"] * bool(config["commit"]) + [shlex.join(["python", *config["argv"]])]
     kind = "linear evaluation"
     if "pretrained" not in settings:
         kind = "SimSiam pre-training"

@@ -50,8 +50,8 @@ def new_folder(exp_dir, trial=None):
 
 def git_commit():
     """The commit of the running code, with '-dirty' if tracked files differ; None outside git."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty",
+               "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -60,9 +60,8 @@ def git_commit():
 
 def write_config(folder, settings, device):
     """Write config.json: argv, all settings, commit, date, device, versions."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "torchvision": torchvision.__version__, "numpy": numpy.__version__,
-                "cuda": torch.version.cuda if device.type == "cuda" else None}
+    versions = {"python": platform.python_version(), "cuda": torch.version.cuda if device.type == "cuda" else None}
+    versions |= {package.__name__: package.__version__ for package in (torch, torchvision, numpy)}
     checkpoint.write_json(os.path.join(folder, CONFIG), {
         "argv": sys.argv, "settings": settings, "commit": git_commit(), "date": datetime.date.today().isoformat(),
         "device": describe(device), "versions": versions,
@@ -96,7 +95,10 @@ def find_run(parser, args, argv, name, parts, may_change):
         path = os.path.join(folder or "", name)
         if folder is None or not (os.path.exists(path) or os.path.exists(checkpoint.previous_path(path))):
             info(f"nothing to resume in {folder or args.exp_dir}: starting a new run")
-            return args, unfinished_start(folder), None
+            folder = folder if folder and os.path.lexists(folder) else None  # left by a start that was killed
+            if folder and (not os.path.isdir(folder) or log.size(folder)):
+                raise ValueError(f"{folder} exists and has no checkpoint to resume; choose another --trial")
+            return args, folder, None
     try:
         state = load_state(path, parts)
     except (ValueError, OSError) as error:
@@ -116,24 +118,14 @@ def latest_run(name, exp_dir):
     return latest and os.path.dirname(latest)
 
 
-def unfinished_start(folder):
-    """The folder if it exists: of a run that was killed before its first checkpoint. Raises ValueError for another."""
-    if folder is None or not os.path.lexists(folder):
-        return None
-    path = os.path.join(folder, log.LOG)
-    if not os.path.isdir(folder) or os.path.exists(path) and os.path.getsize(path):
-        raise ValueError(f"{folder} exists and has no checkpoint to resume; choose another --trial")
-    return folder
-
-
 def load_state(path, parts):
     """Load a checkpoint with these parts. Raises ValueError if it is another file, or of another version."""
     state = checkpoint.load(path)
     if not (isinstance(state, dict) and isinstance(state.get("config"), dict)):
         raise ValueError(f"{path}: not a checkpoint to resume")
     if state.get("format") != FORMAT:
-        raise ValueError(f"{path}: written by another version of this code (format {state.get('format')}, this one "
-                         f"reads {FORMAT}); {CONFIG} beside it names the commit")
+        raise ValueError(f"{path}: written by another version of this code (format {state.get('format')}, not {FORMAT}); "
+                         "config.json beside it names the commit")
     missing = {"epoch", "machine", *parts} - state.keys()
     if missing:
         raise ValueError(f"{path}: not a checkpoint of this script, it has no {', '.join(sorted(missing))}")
@@ -163,8 +155,7 @@ def restore(state, device, **loaders):
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{state['path']}: its {part} does not fit: {error}") from error
     if state["machine"] != machine(device):
-        warn(f"the checkpoint was written with {state['machine']}, this is {machine(device)}: the run continues, but not "
-             "bit for bit as it would have there")
+        warn(f"the checkpoint is of {state['machine']}, this is {machine(device)}: the run continues, but not bit for bit")
 
 
 def machine(device):
@@ -213,9 +204,6 @@ class Run:
             checkpoint.save(self.path(name), state, keep_previous=i == len(files))
         self.saved_epoch = epoch
 
-    def save(self, files, epoch):
-        self.attempt(self.write, files, epoch)
-
     def attempt(self, write, *args):
         try:
             write(*args)
@@ -238,10 +226,8 @@ class Run:
 
 
 def start_run(script, folder, args, device, files):
-    """A Run in a new folder (or in `folder`, left by a killed start), with config.json and the first files in it.
-
-    args: the script's settings. Raises ValueError and OSError, and then leaves no new folder.
-    """
+    """A Run in a new folder (or in `folder`, of a start that was killed), with config.json and the first files in it.
+    args: the script's settings. Raises ValueError and OSError, and then leaves no new folder."""
     if args.tensorboard:
         summary_writer()
     path = folder or new_folder(args.exp_dir, args.trial)
@@ -257,10 +243,7 @@ def start_run(script, folder, args, device, files):
 
 
 def lock(folder):
-    """Lock a run's log for this process; the kernel releases it when the process ends. Returns the open file.
-
-    Raises ValueError if another process has it.
-    """
+    """Lock a run's log until this process ends; returns the open file. Raises ValueError if another process has it."""
     file = open(os.path.join(folder, log.LOG), "ab")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
