@@ -2,7 +2,8 @@
 numbers and the curves of its Figure 2.
 
     python ablate.py all --data_root data --epochs 200 --gpu 0
-    python ablate.py stop_gradient --seeds 2 --data_root data --epochs 30 --width 16 --train_size 5000 --batch_size 64
+    python ablate.py stop_gradient --seeds 2 --data_root data --epochs 30 --width 16 --train_size 5000 \\
+        --batch_size 64 --learning_rate 0.03
 
 The second takes about two hours on one CPU core: with stop-gradient kNN ends at 30 %, without at 20 %. Options that are
 not listed here go to main.py. Finished runs are skipped, interrupted ones resumed.
@@ -17,29 +18,27 @@ import sys
 import utils  # noqa: F401 (before torch)
 
 from utils import checkpoint, log
-from utils.cli import Parser, info, run_script, say, warn, whole_number
+from utils.cli import Parser, info, real_number, run_script, say, warn, whole_number
 from utils.metrics import collapse_std
 from utils.plot import COLORS, curve, figure, mark_levels
 from utils.run import read_config
 
-# Study: {variant: (main.py options, the paper's linear top-1 on ImageNet in percent)}. In Sec. 4.3 and later, 68.1, the
-# paper keeps the predictor's learning rate constant.
-WARMUP = ["--warmup_epochs", "10"]
+# Study: {variant: (main.py options, the paper's linear top-1 on ImageNet in percent)}. Where that is 68.1 by default, the
+# paper keeps the predictor's learning rate constant. WARMUP: a tenth of the epochs, as there.
+WARMUP = "WARMUP"
+BATCH_SIZES = {64: "66.1", 128: "67.3", 256: "68.1", 512: "68.1", 1024: "68.0", 2048: "67.9", 4096: "64.0"}
 STUDIES = {
     "stop_gradient": {"default": ([], "67.7"), "no-stop-gradient": (["--no-stop_gradient"], "0.1")},  # Figure 2
     "predictor": {  # Table 1
         "default": ([], "67.7"), "no-predictor": (["--predictor", "none"], "0.1"),
         "fixed-predictor": (["--predictor", "fixed"], "1.5"), "constant-predictor-rate": (["--fix_pred_lr"], "68.1"),
     },
-    "batch_size": {  # Table 2
-        **{f"batch-{size}": (["--batch_size", str(size)], top1) for size, top1 in
-           ((64, "66.1"), (128, "67.3"), (256, "68.1"), (512, "68.1"))},
-        **{f"batch-{size}": (["--batch_size", str(size), *WARMUP], top1) for size, top1 in
-           ((1024, "68.0"), (2048, "67.9"), (4096, "64.0"))},
-    },
+    "batch_size": {f"batch-{size}": (["--batch_size", str(size)] + ["--warmup_epochs", WARMUP] * (size >= 1024), top1)
+                   for size, top1 in BATCH_SIZES.items()},  # Table 2
     "batch_norm": {  # Table 3
-        "head-bn-none": (["--head_bn", "none", *WARMUP], "34.6"), "head-bn-hidden": (["--head_bn", "hidden"], "67.4"),
-        "default": ([], "68.1"), "head-bn-all": (["--head_bn", "all"], "unstable"),
+        "head-bn-none": (["--head_bn", "none", "--warmup_epochs", WARMUP], "34.6"),
+        "head-bn-hidden": (["--head_bn", "hidden"], "67.4"), "default": ([], "68.1"),
+        "head-bn-all": (["--head_bn", "all"], "unstable"),
     },
     "similarity": {"default": ([], "68.1"), "cross-entropy": (["--similarity", "cross_entropy"], "63.2")},  # Sec. 4.5
     "symmetry": {  # Sec. 4.6
@@ -55,9 +54,23 @@ def make_parser():
                         help=f"all, or some of {', '.join(STUDIES)}")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="run these variants of the studies only")
     parser.add_argument("--seeds", type=whole_number(1), default=1, metavar="N", help="runs of each variant")
+    parser.add_argument("--epochs", type=whole_number(1), default=200, metavar="N", help="epochs of each run")
+    parser.add_argument("--batch_size", type=whole_number(2), default=512, metavar="N", help="except in batch_size")
+    parser.add_argument("--learning_rate", type=real_number, metavar="LR",
+                        help="for --batch_size, in proportion for other batches (default: main.py's)")
     parser.add_argument("--exp_dir", default="experiments/ablations", metavar="DIR", help="folder of the runs")
     parser.add_argument("--table", action="store_true", help="run nothing: table and figures of the runs in --exp_dir")
     return parser
+
+
+def complete(options, args):
+    """The options of a variant's run, with the settings that all runs share."""
+    own = dict(zip(options, options[1:]))
+    batch = int(own.get("--batch_size", args.batch_size))
+    shared = ["--epochs", str(args.epochs), "--batch_size", str(batch)]
+    if args.learning_rate is not None:
+        shared += ["--learning_rate", f"{args.learning_rate * batch / args.batch_size:g}"]
+    return shared + [str(max(1, args.epochs // 10)) if word == WARMUP else word for word in options]
 
 
 def run_main(options):
@@ -76,8 +89,8 @@ def run_variants(args, variants, rest):
         for name, options in variants.items():
             trial = f"{name}-seed{seed}"
             info(f"{trial}: {' '.join(options)}")
-            code = run_main([*rest, *options, "--seed", str(seed), "--exp_dir", args.exp_dir, "--trial", trial,
-                             "--resume", "auto", "--quiet", *["--untrained"] * (name == "default")])
+            code = run_main([*rest, *complete(options, args), *["--untrained"] * (name == "default"), "--seed", str(seed),
+                             "--exp_dir", args.exp_dir, "--trial", trial, "--resume", "auto", "--quiet"])
             if code > 1:  # refused or interrupted
                 return code
             failed |= code

@@ -11,6 +11,7 @@ On a CPU: CIFAR-10 at a quarter of the width (92 minutes on one core, kNN 62 %),
 import argparse
 import math
 import shlex
+import shutil
 import time
 from functools import partial
 
@@ -19,7 +20,7 @@ import utils  # noqa: F401 (before torch)
 import torch
 
 import simsiam
-from utils import checkpoint, log
+from utils import log
 from utils.augment import SCALE, apply_two_views, draw_views, epoch_generator
 from utils.cli import (
     Parser, Progress, Stopped, StopRequest, add_data_options, add_device_options, add_run_options, fraction, info,
@@ -36,8 +37,7 @@ from utils.report import REPORT, draw_run, evaluation_command
 from utils.run import BACKBONE, CHECKPOINT, FORMAT, UNTRAINED, Run, find_run, machine, restore, start_run
 
 DISTANCES = {"cosine": simsiam.negative_cosine, "cross_entropy": simsiam.cross_entropy}
-LOSSES = {"symmetric": simsiam.simsiam_loss, "asymmetric": simsiam.asymmetric_loss,
-          "asymmetric_2x": simsiam.asymmetric_loss}
+LOSSES = dict(symmetric=simsiam.simsiam_loss, asymmetric=simsiam.asymmetric_loss, asymmetric_2x=simsiam.asymmetric_loss)
 LR_PER_256 = 0.03  # learning rate for a batch of 256; it scales linearly (appendix D)
 PARTS = ("step", "metrics", "seconds", "time", "model", "optimizer", "scaler")  # of a checkpoint
 MAY_CHANGE = (  # in a resumed run; any other setting makes another run
@@ -67,7 +67,7 @@ def make_parser():
     study.add_argument("--stop_gradient", action=argparse.BooleanOptionalAction, default=True, help="Sec. 4.1")
     study.add_argument("--predictor", choices=simsiam.PREDICTORS, default="learned", help="Sec. 4.2")
     study.add_argument("--fix_pred_lr", action="store_true", help="keep the predictor's rate constant (Sec. 4.2)")
-    study.add_argument("--head_bn", choices=simsiam.HEAD_BN, default="default", help="batch norms in the heads (Sec. 4.4)")
+    study.add_argument("--head_bn", choices=simsiam.HEAD_BN, default="default", help="batch norm in heads (Sec. 4.4)")
     study.add_argument("--similarity", choices=DISTANCES, default="cosine", help="similarity of p and z (Sec. 4.5)")
     study.add_argument("--symmetry", choices=LOSSES, default="symmetric", help="symmetry of the loss (Sec. 4.6)")
     study.add_argument("--warmup_epochs", type=whole_number(0), default=0, metavar="N", help="epochs of linear warm-up")
@@ -80,10 +80,6 @@ def make_parser():
     run.add_argument("--save_freq", type=whole_number(1), default=10, metavar="N", help="epochs between checkpoints")
     run.add_argument("--untrained", action="store_true", help="evaluate the initial weights too, as epoch 0")
     return parser
-
-
-# ---------------------------------------------------------------------------------------------------
-# Model, optimizer, forward pass
 
 
 def build(args, device):
@@ -120,10 +116,6 @@ def make_forward(args, model, device):
         return loss, std
 
     return compile_for(device, forward, args.compile)
-
-
-# ---------------------------------------------------------------------------------------------------
-# The loop
 
 
 def pretrain(args, device, data, model, optimizer, scaler, run, state, stop, begin):
@@ -192,10 +184,10 @@ def finish_epoch(args, device, data, model, scaler, run, state, rate, evaluate, 
     run.log(record | knn)
     warning = collapse_warning(run.records, args.batch_size, args.head_bn)
     if warning:
-        targets = args.stop_gradient and args.predictor != "none"
-        warn(warning + ("the usual cause is a learning rate too high for the batch: lower --learning_rate "
-                        f"({args.learning_rate:g}) or raise --batch_size ({args.batch_size})" if targets else
-                        "this is what happens without stop-gradient or predictor (Sec. 4.1 and 4.2)"))
+        cause = (f"The usual cause is a learning rate too high for the batch: lower --learning_rate "
+                 f"({args.learning_rate:g}) or raise --batch_size ({args.batch_size})")
+        as_expected = not args.stop_gradient or args.predictor == "none"
+        warn(f"{warning}. {'Without stop-gradient or predictor this is expected (Sec. 4)' if as_expected else cause}")
     return new_epoch(state["epoch"] + 1)
 
 
@@ -242,25 +234,17 @@ def new_epoch(epoch):
     return {"epoch": epoch, "step": 0, "metrics": torch.zeros(0, 2), "seconds": 0.0}
 
 
-def backbone_state(model):
-    return {name: value.cpu().contiguous() for name, value in model.backbone.state_dict().items()}
-
-
 def run_files(args, device, state, model, optimizer, scaler):
     """backbone.pt, which evaluation needs, and checkpoint.pt, which a resumed run needs."""
+    backbone = {name: value.cpu().contiguous() for name, value in model.backbone.state_dict().items()}
     parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
     about = {"format": FORMAT, "config": vars(args), "machine": machine(device)}
-    return {BACKBONE: backbone_state(model), CHECKPOINT: {**state, **about, **parts}}
+    return {BACKBONE: backbone, CHECKPOINT: {**state, **about, **parts}}
 
 
 def diverged(args, run, what):
-    lower = "" if args.precision == "fp32" else f", or more precision than {args.precision}"
     return run.fail(f"{what}; {run.path(CHECKPOINT)} of epoch {run.saved_epoch} is kept; start a new run with a lower "
-                    f"--learning_rate ({args.learning_rate:g}){lower}")
-
-
-# ---------------------------------------------------------------------------------------------------
-# From the command line to the run
+                    f"--learning_rate ({args.learning_rate:g}) or with more than --precision {args.precision}")
 
 
 def set_up(parser, args, argv):
@@ -296,7 +280,7 @@ def start(args, device, data, model, run, stop):
     images, pair = data.train_images[order[:8]].to(device), [view.rows(slice(8)) for view in draws[:2]]
     run.draw(plot_views, images, *apply_two_views(images, *pair), *pair)
     if args.untrained and not run.records:
-        run.attempt(checkpoint.save, run.path(UNTRAINED), backbone_state(model))
+        shutil.copyfile(run.path(BACKBONE), run.path(UNTRAINED))
         knn = measure_knn(args, model, data, device, stop)
         if knn is not None:
             run.log({"epoch": 0, **knn})

@@ -48,7 +48,7 @@ def make_parser():
     parser = Parser(prog="main_lincls.py", description=__doc__)
     data = add_data_options(parser, DATASETS)
     data.add_argument("--num_cls", type=whole_number(2), metavar="N", help="classes (default: the data set's)")
-    data.add_argument("--fraction", type=fraction, default=1.0, metavar="F", help="share of the labels, drawn by --seed")
+    data.add_argument("--fraction", type=fraction, default=1.0, metavar="F", help="share of the labels, by --seed")
 
     backbone = parser.add_argument_group("backbone")
     backbone.add_argument("--pretrained", metavar="CHECKPOINT", help="backbone to evaluate (required)")
@@ -74,47 +74,37 @@ def make_parser():
     return parser
 
 
-# ---------------------------------------------------------------------------------------------------
-# --features augmented: the paper's protocol
+def train_sgd(args, device, data, backbone, classifier, optimizer, test_features, run, state, stop):
+    """--features augmented, the paper's protocol: train the classifier from `state` to the last epoch, with a record in
+    run.records for each. Raises Stopped if a stop is requested: a resumed run repeats the unfinished epoch."""
+    precision, size = autocast(device, args.precision), len(data.train_images)
 
-
-def make_features(args, backbone, device):
-    """A function: images uint8 [B, 3, H, W] and their Draws -> features of the crops, float32 [B, feature_dim]."""
-    precision = autocast(device, args.precision)
-
-    def features(images, draws):
+    def features(images, draws):  # uint8 [B, 3, H, W] and their Draws -> float32 [B, feature_dim]
         views = normalize(crop_flip(images, draws), args.mean, args.std)
         with torch.no_grad(), precision():
             return backbone(views.contiguous(memory_format=torch.channels_last)).float()
 
-    return compile_for(device, features, args.compile)
-
-
-def train_sgd(args, device, data, backbone, classifier, optimizer, test_features, run, state, stop):
-    """Train the classifier from `state` to the last epoch; run.records gets a record for each. Raises Stopped if a stop
-    is requested: the unfinished epoch is repeated when resumed."""
-    features = make_features(args, backbone, device)
-    size = len(data.train_images)
+    features = compile_for(device, features, args.compile)
     with Progress(args.epochs, state["epoch"]) as progress:
         for epoch in range(state["epoch"], args.epochs):
-            optimizer.param_groups[0]["lr"] = rate = step_rate(args.lr, epoch, args.epochs)
+            rate = args.lr * 0.1 ** sum(epoch >= round(milestone * args.epochs) for milestone in MILESTONES)
+            optimizer.param_groups[0]["lr"] = rate
             start = time.perf_counter()
             generator = epoch_generator(args.seed, epoch, device)
             order = torch.randperm(size, generator=generator, device=device)
             draws = draw_views(size, generator, *data.train_images.shape[2:], scale=(args.crop_scale, 1.0))
-            sums = torch.zeros(2, device=device)                          # loss and correct predictions
-            for first in range(0, size, args.batch_size):                 # the last batch is smaller; none is dropped
+            sums = torch.zeros(2, device=device)                       # loss and correct predictions
+            for rows in torch.arange(size, device=device).split(args.batch_size):  # no image is dropped
                 stop.check()
-                rows = slice(first, min(first + args.batch_size, size))
                 images = data.train_images[order[rows].to(data.train_images.device)].to(device, non_blocking=True)
                 labels = data.train_labels[order[rows]]
-                logits = classifier(features(images, draws.rows(rows)))   # [B, num_cls]
+                logits = classifier(features(images, draws.rows(rows)))            # [B, num_cls]
                 loss = F.cross_entropy(logits, labels)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
                 sums += torch.stack((loss.detach() * len(labels), (logits.argmax(dim=1) == labels).sum()))
-                progress.update(epoch + rows.stop / size)
+                progress.update(min(progress.bar.n + len(labels) / size, epoch + 1))
             loss, correct = (sums / size).tolist()
             run.log({"epoch": epoch + 1, "train_loss": loss, "train_top1": 100 * correct,
                      **test(classifier, test_features, data.test_labels), "lr": rate,
@@ -126,11 +116,6 @@ def train_sgd(args, device, data, backbone, classifier, optimizer, test_features
             run.attempt(run.write, evaluation_files(args, device, run.records, classifier, optimizer), epoch + 1)
 
 
-def step_rate(rate, epoch, epochs):
-    """Learning rate of an epoch, counted from 0."""
-    return rate * 0.1 ** sum(epoch >= round(milestone * epochs) for milestone in MILESTONES)
-
-
 def evaluation_files(args, device, records, classifier, optimizer):
     """evaluation.pt, which a resumed evaluation needs."""
     return {EVALUATION: {
@@ -140,46 +125,36 @@ def evaluation_files(args, device, records, classifier, optimizer):
     }}
 
 
-# ---------------------------------------------------------------------------------------------------
-# --features cached
-
-
 def fit_lbfgs(classifier, features, labels, weight_decay, check=lambda: None):
-    """Fit the classifier by L-BFGS in float64: the minimum of cross-entropy + weight_decay / 2 * |W|^2, where W are the
-    weights and biases on standardized features, until no entry of the gradient exceeds 1e-6. Returns the
-    cross-entropy and the number of iterations. check: called every 20 iterations; may raise to end the work."""
+    """--features cached: minimize cross-entropy + weight_decay / 2 * |W|^2 by L-BFGS in float64, until no entry of the
+    gradient exceeds 1e-6; W are the weights and biases on standardized features. Returns the cross-entropy and the
+    number of iterations. check: called every 20 iterations; may raise to end the work."""
     features = features.double()
     mean, std = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
     features = (features - mean) / std
-    model = torch.nn.Linear(features.shape[1], classifier.out_features, device=features.device, dtype=torch.float64)
-    torch.nn.init.zeros_(model.weight)
-    torch.nn.init.zeros_(model.bias)
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=20, history_size=20, tolerance_grad=0,
-                                  tolerance_change=0, line_search_fn="strong_wolfe")
+    weight, bias = (value.detach().double().zero_().requires_grad_() for value in classifier.parameters())
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=20, history_size=20, tolerance_grad=0, tolerance_change=0,
+                                  line_search_fn="strong_wolfe")
 
     def objective():
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(features), labels)
-        loss = loss + weight_decay / 2 * sum(value.square().sum() for value in model.parameters())
+        loss = F.cross_entropy(F.linear(features, weight, bias), labels)
+        loss = loss + weight_decay / 2 * (weight.square().sum() + bias.square().sum())
         loss.backward()
         return loss
 
     for iterations in bar(range(20, MOST_ITERATIONS + 1, 20), desc="L-BFGS", leave=False):
         check()
         optimizer.step(objective)
-        if max(value.grad.abs().max() for value in model.parameters()) < 1e-6:
+        if max(weight.grad.abs().max(), bias.grad.abs().max()) < 1e-6:
             break
     else:
         warn(f"L-BFGS has not converged after {iterations} iterations; raise --weight_decay ({weight_decay:g})")
     with torch.no_grad():
-        loss = F.cross_entropy(model(features), labels).item()
-        classifier.weight.copy_(model.weight / std)  # for features that are not standardized
-        classifier.bias.copy_(model.bias - model.weight @ (mean / std))
+        loss = F.cross_entropy(F.linear(features, weight, bias), labels).item()
+        classifier.weight.copy_(weight / std)  # for features that are not standardized
+        classifier.bias.copy_(bias - weight @ (mean / std))
     return loss, iterations
-
-
-# ---------------------------------------------------------------------------------------------------
-# The evaluation
 
 
 def test(classifier, features, labels):
@@ -229,8 +204,6 @@ def evaluate(args, device, data, backbone, classifier, optimizer, run, state, st
 def report(args, data, classifier, record, confusion, run):
     """Print the result and write results.json, the classifier and the figures. Returns the exit code."""
     record = record or run.records[-1]
-    by_class = dict(zip(data.classes, class_accuracies(confusion).tolist()))
-    by_class = {name: None if math.isnan(value) else value for name, value in by_class.items()}  # None: no test image
     results = {"images": len(data.test_images), **record}
     which = "" if args.evaluate else f"epoch {record['epoch']}, " if args.features == "augmented" else "L-BFGS, "
     print(f"linear top-1: {record['test_top1']:.2f} % ({which}{len(data.test_images):,} test images)")
@@ -241,17 +214,13 @@ def report(args, data, classifier, record, confusion, run):
     if args.evaluate is None:
         weights = {name: value.cpu() for name, value in classifier.state_dict().items()}
         run.attempt(checkpoint.save, run.path("classifier.pt"), weights)
-        if run.unsaved:
-            return run.fail(run.unsaved)
-    results |= {"backbone": args.backbone, "class_top1": by_class, "confusion": confusion.tolist()}
-    run.attempt(checkpoint.write_json, run.path(RESULTS), results)  # last: now the evaluation is finished
+    results |= {"backbone": args.backbone, "class_top1": dict(zip(data.classes, class_accuracies(confusion))),
+                "confusion": confusion.tolist()}
+    if run.unsaved is None:
+        run.attempt(checkpoint.write_json, run.path(RESULTS), results)  # now the evaluation is finished
     run.draw(draw_run)
     info(f"Figures: {run.path(REPORT)}")
     return run.fail(run.unsaved) if run.unsaved else 0
-
-
-# ---------------------------------------------------------------------------------------------------
-# From the command line to the evaluation
 
 
 def fill_in(args, data):

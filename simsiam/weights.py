@@ -28,11 +28,9 @@ def load_backbone(source, arch="resnet18", width=None, verbose=True, name=None):
     """Load the backbone of a checkpoint as a ResNet in eval mode, float32, on the CPU.
 
     source: path of a file, or what torch.load returned for it. arch: a key of ARCHS. width: channels of the stem
-    (default: those of the checkpoint). verbose: print a line that says what was recognized, with `name` in front
-    (default: the path). Every tensor of the backbone must be present with its name and shape.
-
-    Two kinds of checkpoints come from networks with another stem, and get it here too, so that the features are the
-    same: solo-learn pads by 2, and lightly's CIFAR benchmark has no ReLU after the stem.
+    (default: those of the checkpoint). verbose: print what was recognized, after `name` (default: the path). Every
+    tensor of the backbone must be present with its name and shape. The stem becomes that of the code which wrote the
+    file: solo-learn pads by 2, and lightly's CIFAR benchmark has no ReLU after it.
 
     Files are read with weights_only=True: pickled code never runs. Raises OSError if the file cannot be read,
     pickle.UnpicklingError if it holds more than tensors and plain values, RuntimeError or ValueError if it is damaged,
@@ -82,28 +80,20 @@ def find_backbone(file):
     if not isinstance(named, dict):
         raise ValueError("no backbone found: there is no state dict")
     # DataParallel and torch.compile add their marks to every name.
-    tensors = {
-        str(name).replace("_orig_mod.", "").removeprefix("module."): value
-        for name, value in named.items() if torch.is_tensor(value)
-    }
+    tensors = {str(name).replace("_orig_mod.", "").removeprefix("module."): value
+               for name, value in named.items() if torch.is_tensor(value)}
     stems = [name for name, value in tensors.items() if value.ndim == 4 and value.shape[1] == 3]
     stems = [name for name in stems if name.split(".")[-2:] in (["conv1", "weight"], ["0", "weight"])]
     if not stems:
-        raise ValueError(
-            f"no backbone found: no 3-channel convolution conv1.weight among {', '.join(map(str, list(named)[:3]))} ..."
-        )
+        raise ValueError(f"no backbone found: no 3x3 conv1.weight among {', '.join(map(str, list(named)[:3]))} ...")
     stem = min(stems, key=len)  # the shortest name of several copies: backbone.* before encoder.0.*
     if tuple(tensors[stem].shape[2:]) == (7, 7):
         raise ValueError(f"{stem} is 7x7: an ImageNet stem; only CIFAR ResNets with a 3x3 stem are supported")
     prefix = stem.removesuffix("conv1.weight" if stem.endswith("conv1.weight") else "0.weight")
     inside = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    stem_relu = True
-    if not stem.endswith("conv1.weight"):
-        inside, stem_relu = name_children(inside)
-    backbone = {
-        name.replace(".shortcut.", ".downsample."): value
-        for name, value in inside.items() if name.split(".")[0] not in HEADS
-    }
+    inside, stem_relu = (inside, True) if stem.endswith("conv1.weight") else name_children(inside)
+    backbone = {name.replace(".shortcut.", ".downsample."): value
+                for name, value in inside.items() if name.split(".")[0] not in HEADS}
     return backbone, len(tensors) - len(backbone), recognize(file, tensors, prefix), stem_relu
 
 
@@ -112,9 +102,8 @@ def name_children(tensors):
     convolution or running statistics are heads. The ReLU after the stem is there if it has a number."""
     named, numbers, children = {}, {}, iter(CHILDREN)
     for number in sorted({int(name.split(".")[0]) for name in tensors if name.split(".")[0].isdecimal()}):
-        own = {
-            name.removeprefix(f"{number}."): value for name, value in tensors.items() if name.startswith(f"{number}.")
-        }
+        own = {name.removeprefix(f"{number}."): value
+               for name, value in tensors.items() if name.startswith(f"{number}.")}
         in_backbone = any(value.ndim == 4 for value in own.values()) or "running_mean" in own
         child = next(children, "head") if in_backbone else "head"
         numbers[child] = number
@@ -147,27 +136,19 @@ def load_tensors(module, tensors):
     """Copy a state dict into the module; names and shapes must match exactly. Raises ValueError that lists what is
     missing, unexpected, or of another shape or type, and for weights that are not finite."""
     own = module.state_dict()
-    common = [name for name in own if name in tensors]
+    pairs = {name: (tensors[name], own[name]) for name in own if name in tensors}
     problems = {
         "missing": [name for name in own if name not in tensors],
         "unexpected": [name for name in tensors if name not in own],
-        "wrong shape": [
-            f"{name} is {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
-            for name in common if tensors[name].shape != own[name].shape
-        ],
-        "wrong type": [
-            f"{name} is {tensors[name].dtype}"
-            for name in common if tensors[name].is_floating_point() != own[name].is_floating_point()
-        ],
+        "wrong shape": [f"{name} is {tuple(value.shape)}, not {tuple(needed.shape)}"
+                        for name, (value, needed) in pairs.items() if value.shape != needed.shape],
+        "wrong type": [f"{name} is {value.dtype}" for name, (value, needed) in pairs.items()
+                       if value.is_floating_point() != needed.is_floating_point()],
     }
-    listed = [
-        f"{what}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-        for what, names in problems.items() if names
-    ]
+    listed = [f"{what}: {', '.join(names[:3])}" + f" and {len(names) - 3} more" * (len(names) > 3)
+              for what, names in problems.items() if names]
     if listed:
-        fitting = fitting_arch(tensors)
-        hint = f"they fit {fitting}" if fitting else "check arch and width"
-        raise ValueError(f"the tensors do not fit the network; {'; '.join(listed)}; {hint}")
+        raise ValueError(f"the tensors do not fit the network; {'; '.join(listed)}; {fitting_arch(tensors)}")
     broken = [name for name, value in tensors.items() if not value.isfinite().all()]
     if broken:
         raise ValueError(f"weights that are not finite: {broken[0]} and {len(broken) - 1} more")
@@ -175,13 +156,11 @@ def load_tensors(module, tensors):
 
 
 def fitting_arch(tensors):
-    """The network with exactly these names and shapes, in words, or None."""
-    stem = tensors.get("conv1.weight")
-    if stem is None or stem.ndim != 4:
-        return None
+    """A hint: the network with exactly these names and shapes."""
+    shapes = {name: value.shape for name, value in tensors.items()}
+    width = max(1, len(tensors.get("conv1.weight", ())))
     for arch, make in ARCHS.items():
         with torch.device("meta"):
-            own = make(len(stem)).state_dict()
-        if {name: value.shape for name, value in own.items()} == {name: value.shape for name, value in tensors.items()}:
-            return f"{arch} of width {len(stem)}"
-    return None
+            if {name: value.shape for name, value in make(width).state_dict().items()} == shapes:
+                return f"they fit {arch} of width {width}"
+    return "check arch and width"

@@ -75,11 +75,12 @@ def test_sgd_matches_the_protocol_written_out(run_lincls, finished_run, no_gpu, 
     torch.testing.assert_close(ours["bias"], classifier.bias.detach(), rtol=1e-3, atol=1e-3)
 
 
-def test_the_rate_is_torchs_multistep():
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=30.0)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [60, 80])
-    for epoch in range(100):
-        assert main_lincls.step_rate(30.0, epoch, 100) == pytest.approx(schedule.get_last_lr()[0])
+def test_the_rate_is_torchs_multistep(run_lincls):
+    assert run_lincls("--epochs", 10, "--batch_size", 128, "--trial", "eval") == 0
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=15.0)  # 30 for a batch of 256
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [6, 8])
+    for record in log.read("experiments/eval"):
+        assert record["lr"] == pytest.approx(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
 

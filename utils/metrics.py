@@ -26,8 +26,8 @@ def collapse_warning(records, batch_size, head_bn):
     low = [record["std"] < least for record in records if "std" in record]
     if len(low) < COLLAPSE_EPOCHS or not all(low[-COLLAPSE_EPOCHS:]) or any(low[:-COLLAPSE_EPOCHS][-1:]):
         return None
-    return (f"epoch {records[-1]['epoch']}: std {records[-1]['std']:.4f}, for {COLLAPSE_EPOCHS} epochs below {least:.2g} "
-            "(healthy: about 1). The outputs have collapsed, whatever the loss; ")
+    return (f"epoch {records[-1]['epoch']}: std {records[-1]['std']:.4f}, for {COLLAPSE_EPOCHS} epochs below "
+            f"{least:.2g} (healthy: about 1): the outputs have collapsed, whatever the loss")
 
 
 def top_k(logits, labels, k):
@@ -41,8 +41,9 @@ def confusion_matrix(predicted, labels, num_classes):
 
 
 def class_accuracies(confusion):
-    """Accuracy of each class in percent, [C]; NaN for a class without images."""
-    return 100 * confusion.diagonal() / confusion.sum(dim=1)
+    """Accuracy of each class in percent, a list; None for a class without images."""
+    counts = zip(confusion.diagonal().tolist(), confusion.sum(dim=1).tolist())
+    return [100 * correct / total if total else None for correct, total in counts]
 
 
 def alignment(first, second):

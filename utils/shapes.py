@@ -31,30 +31,6 @@ def box(u, v, half_width, half_height):
     return np.maximum(np.abs(u) - half_width, np.abs(v) - half_height)
 
 
-def disc(u, v):
-    return np.hypot(u, v) - 0.85
-
-
-def ring(u, v):
-    return np.abs(np.hypot(u, v) - 0.74) - 0.2
-
-
-def square(u, v):
-    return box(u, v, 0.78, 0.78)
-
-
-def frame(u, v):
-    return np.abs(box(u, v, 0.68, 0.68)) - 0.18
-
-
-def triangle(u, v):
-    return np.maximum(v - 0.5, 0.866 * np.abs(u) - 0.5 * v - 0.5)
-
-
-def plus(u, v):
-    return np.minimum(box(u, v, 0.95, 0.27), box(u, v, 0.27, 0.95))
-
-
 def star(u, v):
     # Folded into a tenth of a turn, one edge is left, from a tip to the next notch.
     angle = np.abs((np.arctan2(v, u) / (2 * np.pi / 5) + 0.5) % 1 - 0.5) * (2 * np.pi / 5)
@@ -64,24 +40,24 @@ def star(u, v):
     return ((r * np.cos(angle) - 1.05) * notch_v + r * np.sin(angle) * (1.05 - notch_u)) / length
 
 
-def stripes(u, v):
-    bars = np.abs((u / 0.56 + 0.5) % 1 - 0.5) * 0.56 - 0.14
-    return np.maximum(bars, box(u, v, 0.84, 0.84))
-
-
 def dots(u, v):
-    pitch = 0.6
-    cell_u = u - pitch * np.clip(np.round(u / pitch), -1, 1)
-    cell_v = v - pitch * np.clip(np.round(v / pitch), -1, 1)
-    return np.hypot(cell_u, cell_v) - 0.2
+    cells = [each - 0.6 * np.clip(np.round(each / 0.6), -1, 1) for each in (u, v)]
+    return np.hypot(*cells) - 0.2
 
 
-def crescent(u, v):
-    return np.maximum(np.hypot(u, v) - 0.9, 0.7 - np.hypot(u - 0.42, v))
-
-
-FIGURES = (disc, ring, square, frame, triangle, plus, star, stripes, dots, crescent)
-CLASSES = tuple(figure.__name__ for figure in FIGURES)
+FIGURES = {  # signed distances, negative inside, for u and v from -1 to 1
+    "disc": lambda u, v: np.hypot(u, v) - 0.85,
+    "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.74) - 0.2,
+    "square": lambda u, v: box(u, v, 0.78, 0.78),
+    "frame": lambda u, v: np.abs(box(u, v, 0.68, 0.68)) - 0.18,
+    "triangle": lambda u, v: np.maximum(v - 0.5, 0.866 * np.abs(u) - 0.5 * v - 0.5),
+    "plus": lambda u, v: np.minimum(box(u, v, 0.95, 0.27), box(u, v, 0.27, 0.95)),
+    "star": star,
+    "stripes": lambda u, v: np.maximum(np.abs((u / 0.56 + 0.5) % 1 - 0.5) * 0.56 - 0.14, box(u, v, 0.84, 0.84)),
+    "dots": dots,
+    "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 0.9, 0.7 - np.hypot(u - 0.42, v)),
+}
+CLASSES = tuple(FIGURES)
 
 
 def draw_chunk(rng):
@@ -110,7 +86,7 @@ def draw_chunk(rng):
     v = (np.cos(turn) * t - np.sin(turn) * s) / fill
     radius = fill * pitch
     cover = np.empty((CHUNK, SIZE, SIZE), np.float32)
-    for label, figure in enumerate(FIGURES):
+    for label, figure in enumerate(FIGURES.values()):
         rows = labels == label
         cover[rows] = np.clip(0.5 - figure(u[rows], v[rows]) * radius[rows], 0, 1)
 
@@ -122,8 +98,8 @@ def draw_chunk(rng):
 
 
 def draw_shapes(n, seed):
-    """Draw n images from a seed: uint8 [n, 32, 32, 3], labels int64 [n] in 0 .. 9, in random order. The first m images of
-    draw_shapes(n, seed) are draw_shapes(m, seed)."""
+    """Draw n images from a seed: uint8 [n, 32, 32, 3], and labels int64 [n] in 0 .. 9, in random order. The first m of
+    them are draw_shapes(m, seed)."""
     images = np.empty((n, 3, SIZE, SIZE), np.uint8).transpose(0, 2, 3, 1)  # NCHW in memory
     labels = np.empty(n, np.int64)
 
