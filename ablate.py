@@ -8,6 +8,8 @@ numbers and the curves of its Figure 2.
 The second takes about two hours on one CPU core: with stop-gradient kNN ends at 30 %, without at 20 %. Options that are
 not listed here go to main.py. Finished runs are skipped, interrupted ones resumed.
 """
+import glob
+import itertools
 import os
 import shlex
 import signal
@@ -23,7 +25,7 @@ from utils.metrics import collapse_std
 from utils.plot import COLORS, curve, figure, mark_levels
 from utils.run import read_config
 
-# Study: {variant: (main.py options, the paper's linear top-1 on ImageNet in percent)}. Where that is 68.1 by default, the
+# Study: {variant: (main.py options, the paper's linear top-1 on ImageNet in percent)}. Where the default has 68.1, the
 # paper keeps the predictor's learning rate constant. WARMUP: a tenth of the epochs, as there.
 WARMUP = "WARMUP"
 BATCH_SIZES = {64: "66.1", 128: "67.3", 256: "68.1", 512: "68.1", 1024: "68.0", 2048: "67.9", 4096: "64.0"}
@@ -85,57 +87,50 @@ def run_main(options):
 def run_variants(args, variants, rest):
     """Run all variants, seed by seed. Returns the exit code: 1 if a run failed, main.py's if it refused or stopped."""
     failed = 0
-    for seed in range(args.seeds):
-        for name, options in variants.items():
-            trial = f"{name}-seed{seed}"
-            info(f"{trial}: {' '.join(options)}")
-            code = run_main([*rest, *complete(options, args), *["--untrained"] * (name == "default"), "--seed", str(seed),
-                             "--exp_dir", args.exp_dir, "--trial", trial, "--resume", "auto", "--quiet"])
-            if code > 1:  # refused or interrupted
-                return code
-            failed |= code
-            if not code and not read_variant(args.exp_dir, name)[0].get(seed):
-                return 0  # stopped by --max_minutes
+    for seed, (name, options) in itertools.product(range(args.seeds), variants.items()):
+        info(f"{name}-seed{seed}: {' '.join(options)}")
+        options = complete(options, args) + ["--untrained"] * (name == "default") + ["--seed", str(seed)]
+        code = run_main([*rest, *options, "--exp_dir", args.exp_dir, "--trial", f"{name}-seed{seed}",
+                         "--resume", "auto", "--quiet"])
+        if code > 1:  # refused or interrupted
+            return code
+        failed |= code
+        if not code and seed not in read_variant(args.exp_dir, name)[0]:
+            return 0  # stopped by --max_minutes
     return failed
 
 
 def read_variant(folder, name):
     """The logs of a variant's finished runs by seed, and the settings of one of them."""
     runs, settings = {}, {}
-    for trial in sorted(os.listdir(folder)):
-        variant, _, seed = trial.rpartition("-seed")
-        if variant == name and seed.isdecimal():
-            settings = read_config(os.path.join(folder, trial))["settings"]
-            records = log.read(os.path.join(folder, trial), empty=True)
-            if records and records[-1]["epoch"] == settings["epochs"]:
-                runs[int(seed)] = records
-            else:
-                warn(f"{trial}: not finished")
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), f"{name}-seed[0-9]*"))):
+        settings, records = read_config(path)["settings"], log.read(path, empty=True)
+        if records and records[-1]["epoch"] == settings["epochs"]:
+            runs[int(path.rpartition("-seed")[2])] = records
+        else:
+            warn(f"{path}: not finished")
     return runs, settings
-
-
-def mean_and_std(values, form):
-    if not values:
-        return "–"
-    return f"{statistics.fmean(values):{form}}" + (f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else "")
 
 
 def table(results):
     """A study as a Markdown table. results: {variant: (runs by seed, settings, the paper's number)}."""
-    lines = ["| variant | paper: linear, ImageNet (%) | kNN, k = 200 (%) | minus default | std | loss | seeds |",
-             f"|{' --- |' * 7}"]
+    def mean_and_std(values, form):
+        std = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):{form}}{std}" if values else "–"
+
+    lines = [["variant", "paper: linear, ImageNet (%)", "kNN, k = 200 (%)", "minus default", "std", "loss", "seeds"],
+             ["---"] * 7]
     reference = results.get("default", ({},))[0]
     for name, (runs, settings, paper) in results.items():
         knn, std, loss = ({seed: log.last(records, key) for seed, records in runs.items()}
                           for key in ("knn200", "std", "loss"))
         difference = [knn[seed] - log.last(reference[seed], "knn200") for seed in knn if seed in reference]
         collapsed = std and statistics.fmean(std.values()) < collapse_std(settings["batch_size"], settings["head_bn"])
-        cells = [name, paper, mean_and_std(knn.values(), ".2f"),
-                 mean_and_std(difference, ".2f") if name != "default" else "–",
-                 mean_and_std(std.values(), ".3f") + " (collapsed)" * bool(collapsed),
-                 mean_and_std(loss.values(), ".3f"), str(len(runs))]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([name, paper, mean_and_std(knn.values(), ".2f"),
+                      mean_and_std(difference if name != "default" else (), ".2f"),
+                      mean_and_std(std.values(), ".3f") + " (collapsed)" * bool(collapsed),
+                      mean_and_std(loss.values(), ".3f"), str(len(runs))])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def plot_study(study, results, output):

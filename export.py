@@ -5,9 +5,8 @@
     python export.py release experiments/1 --linear experiments/2 --name simsiam_resnet18_cifar10
     python export.py check simsiam_resnet18_w16_cifar10
 
-features: float32 features and labels of a data set or of a folder of images. release: weights/NAME.pt in fp16, its
-linear classifier, and weights/NAME.json with the accuracies after rounding; torch.hub loads them. check: measure
-released weights again, as torch.hub loads them.
+features: float32 features and labels of a data set or a folder of images. release: weights/NAME.pt in fp16, its linear
+classifier, and weights/NAME.json with the accuracies after rounding. check: measure them again, loaded by torch.hub.
 """
 import datetime
 import hashlib
@@ -23,9 +22,7 @@ import hubconf
 import simsiam
 from utils import checkpoint, log
 from utils.augment import MEAN, SIZE, STD
-from utils.cli import (
-    Parser, add_data_options, add_device_options, add_normalization, real_number, run_script, warn, whole_number,
-)
+from utils.cli import Parser, add_data_options, add_device_options, add_normalization, run_script, warn, whole_number
 from utils.data import DATASETS, load_dataset, load_folder
 from utils.device import autocast, describe, select_device, select_precision
 from utils.knn import extract_features, knn_accuracy
@@ -33,8 +30,6 @@ from utils.metrics import top_k
 from utils.run import BACKBONE, RESULTS, read_config
 
 TOLERANCE = 0.05  # percentage points between accuracies that count as equal
-PROTOCOL = ("features", "epochs", "batch_size", "lr", "momentum", "weight_decay", "crop_scale", "fraction", "mean",
-            "std")
 HERE = os.path.dirname(os.path.abspath(__file__))
 HUB = [name for name in vars(hubconf) if name.startswith("simsiam_")]
 
@@ -42,7 +37,6 @@ HUB = [name for name in vars(hubconf) if name.startswith("simsiam_")]
 def make_parser():
     parser = Parser(prog="export.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="features|release|check")
-
     features = commands.add_parser("features", help="features and labels to .npz")
     features.add_argument("--pretrained", required=True, metavar="CHECKPOINT", help="checkpoint with the backbone")
     features.add_argument("--arch", choices=simsiam.ARCHS, default="resnet18", help="backbone")
@@ -51,15 +45,12 @@ def make_parser():
     features.add_argument("--images", metavar="FOLDER", help="folder of images, with a subfolder per class or without")
     features.add_argument("--size", type=whole_number(8), default=SIZE, metavar="N", help="resize --images to N pixels")
     add_normalization(features, MEAN, STD)
-
     release = commands.add_parser("release", help="weights/NAME.pt, its classifier and NAME.json")
     release.add_argument("run", metavar="RUN", help="folder of a finished run of main.py")
     release.add_argument("--linear", required=True, metavar="FOLDER", help="folder of its linear evaluation")
     release.add_argument("--name", required=True, choices=HUB, metavar="NAME", help="torch.hub entry to release it as")
-
     check = commands.add_parser("check", help="measure released weights again")
     check.add_argument("name", choices=HUB, metavar="NAME", help="torch.hub entry")
-    check.add_argument("--within", type=real_number, default=TOLERANCE, metavar="P", help="allowed difference, points")
     for command in (release, check):
         command.add_argument("--weights", default="weights", metavar="DIR", help="folder of the weights")
         command.add_argument("--data_root", default="data", metavar="DIR", help="folder with the data")
@@ -96,11 +87,10 @@ def measure(backbone, classifier, linear, settings, args):
     precision = select_precision(args.precision, device)
     data = load_dataset(settings["dataset"], args.data_root, device, settings["train_size"], settings["test_size"])
     backbone.to(device, memory_format=torch.channels_last)
-    accuracies = dict(zip(("knn1", "knn200"), knn_accuracy(backbone, data, autocast(device, precision))))
+    accuracies = knn_accuracy(backbone, data, autocast(device, precision))
     features = extract_features(backbone, data.test_images, autocast(device, precision), linear["mean"], linear["std"])
     logits = torch.nn.functional.linear(features, *(classifier[name].to(device) for name in ("weight", "bias")))
-    accuracies["linear"] = top_k(logits, data.test_labels, 1)
-    return accuracies, {"device": describe(device), "precision": precision}
+    return accuracies | {"linear": top_k(logits, data.test_labels, 1)}, f"{describe(device)}, {precision}"
 
 
 def release(args):
@@ -134,9 +124,8 @@ def release(args):
         "file": f"{args.name}.pt", "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content),
         "arch": settings["arch"], "width": settings["width"], "feature_dim": backbone.feature_dim, "mean": MEAN,
         "std": STD, "accuracies": accuracies, "accuracies_before_rounding": before, "measured_with": measured_with,
-        "linear_evaluation": {name: evaluation[name] for name in PROTOCOL}, "recipe": settings,
-        "commit": config["commit"], "device": config["device"], "versions": config["versions"],
-        "date": datetime.date.today().isoformat(),
+        "linear_evaluation": evaluation, "recipe": settings, "date": datetime.date.today().isoformat(),
+        **{name: config[name] for name in ("commit", "device", "versions")},
     })
     print(f"{path}: {', '.join(f'{name} {value:.2f} %' for name, value in accuracies.items())}")
 
@@ -147,14 +136,13 @@ def check(args):
     backbone = torch.hub.load(HERE, args.name, source="local", folder=args.weights)
     classifier = checkpoint.load(os.path.join(args.weights, f"{args.name}-linear.pt"))
     accuracies, measured_with = measure(backbone, classifier, about["linear_evaluation"], about["recipe"], args)
-    print(f"{args.name}: {measured_with['device']}, {measured_with['precision']}")
+    print(f"{args.name}: {measured_with}")
     for name, value in accuracies.items():
         print(f"{name:7} published {about['accuracies'][name]:6.2f} %  measured {value:6.2f} %")
     worst = max(abs(value - about["accuracies"][name]) for name, value in accuracies.items())
-    if worst > args.within + 1e-9:
+    if worst > TOLERANCE + 1e-9:
         warn(f"{worst:.2f} points from the published accuracies")
-        return 1
-    return 0
+    return int(worst > TOLERANCE + 1e-9)
 
 
 def main(argv=None):

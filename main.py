@@ -9,6 +9,7 @@ On a CPU: CIFAR-10 at a quarter of the width (92 minutes on one core, kNN 62 %),
     python main.py --dataset shapes --width 8 --batch_size 64 --learning_rate 0.05 --dim 512 --pred_dim 128 --epochs 8
 """
 import argparse
+import contextlib
 import math
 import shlex
 import shutil
@@ -54,7 +55,6 @@ def make_parser():
     model.add_argument("--dim", type=whole_number(2), default=2048, metavar="N", help="size of the outputs z and p")
     model.add_argument("--pred_dim", type=whole_number(1), default=512, metavar="N", help="bottleneck of the predictor")
     model.add_argument("--num_proj_layers", type=int, choices=(2, 3), default=2, help="2 on CIFAR, 3 on ImageNet")
-
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=whole_number(1), default=800, metavar="N", help="number of epochs")
     training.add_argument("--batch_size", type=whole_number(2), default=512, metavar="N", help="images per step")
@@ -62,7 +62,6 @@ def make_parser():
     training.add_argument("--momentum", type=real_number, default=0.9, metavar="M", help="momentum of SGD")
     training.add_argument("--weight_decay", type=real_number, default=5e-4, metavar="WD", help="weight decay of SGD")
     training.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="random seed")
-
     study = parser.add_argument_group("the paper's study", "Variants of the method (Sec. 4); ablate.py runs them.")
     study.add_argument("--stop_gradient", action=argparse.BooleanOptionalAction, default=True, help="Sec. 4.1")
     study.add_argument("--predictor", choices=simsiam.PREDICTORS, default="learned", help="Sec. 4.2")
@@ -72,7 +71,6 @@ def make_parser():
     study.add_argument("--symmetry", choices=LOSSES, default="symmetric", help="symmetry of the loss (Sec. 4.6)")
     study.add_argument("--warmup_epochs", type=whole_number(0), default=0, metavar="N", help="epochs of linear warm-up")
     study.add_argument("--crop_scale", type=fraction, default=SCALE[0], metavar="MIN", help="smallest area of a crop")
-
     device = add_device_options(parser, compiled=True)
     device.add_argument("--deterministic", action="store_true", help="bit-reproducible on CUDA too, slower")
     run = add_run_options(parser)
@@ -165,15 +163,21 @@ def pretrain(args, device, data, model, optimizer, scaler, run, state, stop, beg
                 run.attempt(run.write, run_files(args, device, state, model, optimizer, scaler), state["epoch"])
             if stopping or evaluate:
                 run.draw(draw_run)
-            if stopping or finished:
-                return end(run, epoch, finished, stop)
+            if run.unsaved and (stopping or finished):
+                return run.fail(f"{run.unsaved}; everything after epoch {run.saved_epoch} is lost")
+            if stopping and not finished:
+                say(f"Interrupted in epoch {epoch + 1}. Resume with: "
+                    f"python main.py --resume {shlex.quote(run.path(CHECKPOINT))}")
+                return stop.exit_code
+    return 0
 
 
 def finish_epoch(args, device, data, model, scaler, run, state, rate, evaluate, stop, begin):
     """Log an epoch whose steps are done, with kNN if it is to be evaluated. Returns the state of the next one, or the
     same state if a stop was requested during the kNN, which the resumed run repeats."""
-    knn = measure_knn(args, model, data, device, stop) if evaluate else {}
-    if knn is None:
+    try:
+        knn = knn_accuracy(model.backbone, data, autocast(device, args.precision), stop.check) if evaluate else {}
+    except Stopped:
         return state
     loss, std = state["metrics"].double().mean(dim=0).tolist()
     views = (4 if args.symmetry == "asymmetric_2x" else 2) * len(state["metrics"]) * args.batch_size
@@ -184,21 +188,10 @@ def finish_epoch(args, device, data, model, scaler, run, state, rate, evaluate, 
     run.log(record | knn)
     warning = collapse_warning(run.records, args.batch_size, args.head_bn)
     if warning:
-        cause = (f"The usual cause is a learning rate too high for the batch: lower --learning_rate "
-                 f"({args.learning_rate:g}) or raise --batch_size ({args.batch_size})")
-        as_expected = not args.stop_gradient or args.predictor == "none"
-        warn(f"{warning}. {'Without stop-gradient or predictor this is expected (Sec. 4)' if as_expected else cause}")
+        expected = not args.stop_gradient or args.predictor == "none"
+        warn(warning + (". Without stop-gradient or predictor this is expected (Sec. 4)" if expected else
+                        f". Lower --learning_rate ({args.learning_rate:g}) or raise --batch_size ({args.batch_size})"))
     return new_epoch(state["epoch"] + 1)
-
-
-def end(run, epoch, finished, stop):
-    """After the last checkpoint: the exit code, and how to resume if the run is not finished."""
-    if run.unsaved:
-        return run.fail(f"{run.unsaved}; everything after epoch {run.saved_epoch} is lost")
-    if finished:
-        return 0
-    say(f"Interrupted in epoch {epoch + 1}. Resume with: python main.py --resume {shlex.quote(run.path(CHECKPOINT))}")
-    return stop.exit_code
 
 
 def cosine(rate, epoch, epochs, warmup=0):
@@ -217,16 +210,6 @@ def draw_epoch(args, epoch, images, device):
     order = torch.randperm(len(images), generator=generator, device=device)[:count].to(images.device)
     draws = [draw_views(count, generator, *images.shape[2:], (args.crop_scale, SCALE[1])) for _ in range(views)]
     return order, *draws
-
-
-def measure_knn(args, model, data, device, stop):
-    """kNN accuracies for the log; None if a stop was requested meanwhile."""
-    try:
-        return dict(zip(("knn1", "knn200"), knn_accuracy(
-            model.backbone, data, autocast(device, args.precision), check=stop.check,
-        )))
-    except Stopped:
-        return None
 
 
 def new_epoch(epoch):
@@ -261,7 +244,6 @@ def set_up(parser, args, argv):
     data = load_dataset(args.dataset, args.data_root, device, args.train_size, args.test_size)
     if args.batch_size > len(data.train_images):
         raise ValueError(f"--batch_size {args.batch_size}: there are {len(data.train_images)} training images")
-
     set_deterministic(args.deterministic)
     parts = build(args, device)
     if state is None:
@@ -281,10 +263,8 @@ def start(args, device, data, model, run, stop):
     run.draw(plot_views, images, *apply_two_views(images, *pair), *pair)
     if args.untrained and not run.records:
         shutil.copyfile(run.path(BACKBONE), run.path(UNTRAINED))
-        knn = measure_knn(args, model, data, device, stop)
-        if knn is not None:
-            run.log({"epoch": 0, **knn})
-            info(f"untrained: kNN {knn['knn200']:.2f} %")
+        with contextlib.suppress(Stopped):
+            run.log({"epoch": 0, **knn_accuracy(model.backbone, data, autocast(device, args.precision), stop.check)})
 
 
 def main(argv=None):

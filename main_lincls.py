@@ -6,10 +6,9 @@
 
 CHECKPOINT: backbone.pt or checkpoint.pt of main.py, or a checkpoint of other SimSiam code for CIFAR. The first command
 is the paper's protocol: SGD on random crops and flips for 100 epochs. The result is the top-1 accuracy of the last
-epoch on all test images; the best epoch is printed beside it, but it is chosen on the test images.
-
---features cached computes the features once, without augmentation, and fits the L2-regularized softmax regression by
-L-BFGS until it converges: minutes on a CPU at small width, and no learning rate to choose.
+epoch on all test images. --features cached computes the features once, without augmentation, and fits the
+L2-regularized softmax regression by L-BFGS until it converges: no learning rate to choose, and a minute on a CPU at
+width 16.
 """
 import math
 import os
@@ -39,8 +38,7 @@ LR_PER_256 = 30.0                # learning rate for a batch of 256; it scales l
 MILESTONES = (0.6, 0.8)          # shares of the epochs after which it is divided by 10
 CACHED_WEIGHT_DECAY = 1e-4       # without any, L-BFGS does not converge
 MOST_ITERATIONS = 2000           # of L-BFGS
-SGD = {"epochs": 100, "lr": None, "momentum": 0.9, "batch_size": 256}  # options of --features augmented, defaults
-PARTS = ("classifier", "optimizer", "backbone", "records")  # of a checkpoint
+PARTS = ("classifier", "optimizer", "backbone")  # of a checkpoint
 MAY_CHANGE = ("data_root", "pretrained", "exp_dir", "trial", "tensorboard", "compile")  # in a resumed evaluation
 
 
@@ -49,26 +47,22 @@ def make_parser():
     data = add_data_options(parser, DATASETS)
     data.add_argument("--num_cls", type=whole_number(2), metavar="N", help="classes (default: the data set's)")
     data.add_argument("--fraction", type=fraction, default=1.0, metavar="F", help="share of the labels, by --seed")
-
     backbone = parser.add_argument_group("backbone")
     backbone.add_argument("--pretrained", metavar="CHECKPOINT", help="backbone to evaluate (required)")
     backbone.add_argument("--arch", choices=simsiam.ARCHS, default="resnet18", help="backbone")
     backbone.add_argument("--width", type=whole_number(1), metavar="N", help="default: the checkpoint's")
     add_normalization(backbone, MEAN, STD)
-
-    training = parser.add_argument_group("classifier", "--epochs to --crop_scale are for --features augmented only.")
+    training = parser.add_argument_group("classifier", "L-BFGS does not use --epochs to --crop_scale.")
     training.add_argument("--features", choices=("augmented", "cached"), default="augmented",
                           help="SGD on random crops and flips, or L-BFGS on features computed once")
-    training.add_argument("--weight_decay", type=real_number, metavar="WD",
-                          help=f"L2 penalty (default: 0 for augmented, {CACHED_WEIGHT_DECAY:g} for cached)")
+    training.add_argument("--weight_decay", type=real_number, metavar="WD", help="default: 0 for SGD, 1e-4 for L-BFGS")
     training.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="random seed")
     training.add_argument("--evaluate", metavar="CLASSIFIER", help="train nothing, test this classifier.pt")
-    training.add_argument("--epochs", type=whole_number(1), metavar="N", help="number of epochs (default: 100)")
-    training.add_argument("--batch_size", type=whole_number(1), metavar="N", help="images per step (default: 256)")
+    training.add_argument("--epochs", type=whole_number(1), default=100, metavar="N", help="number of epochs")
+    training.add_argument("--batch_size", type=whole_number(1), default=256, metavar="N", help="images per step")
     training.add_argument("--lr", type=real_number, metavar="LR", help="learning rate (default: 30 * batch_size / 256)")
-    training.add_argument("--momentum", type=real_number, metavar="M", help="momentum of SGD (default: 0.9)")
+    training.add_argument("--momentum", type=real_number, default=0.9, metavar="M", help="momentum of SGD")
     training.add_argument("--crop_scale", type=fraction, default=0.08, metavar="MIN", help="smallest area of a crop")
-
     add_device_options(parser, compiled=True)
     add_run_options(parser)
     return parser
@@ -111,17 +105,16 @@ def train_sgd(args, device, data, backbone, classifier, optimizer, test_features
                      "seconds": round(time.perf_counter() - start, 3)})
             if not math.isfinite(loss):
                 return
-            top1 = run.records[-1]["test_top1"]
-            progress.update(epoch + 1, f"loss {loss:.3f}, test top-1 {top1:.2f} %", keep=epoch + 1 == args.epochs)
+            figures = f"loss {loss:.3f}, test top-1 {run.records[-1]['test_top1']:.2f} %"
+            progress.update(epoch + 1, figures, keep=epoch + 1 == args.epochs)
             run.attempt(run.write, evaluation_files(args, device, run.records, classifier, optimizer), epoch + 1)
 
 
 def evaluation_files(args, device, records, classifier, optimizer):
     """evaluation.pt, which a resumed evaluation needs."""
     return {EVALUATION: {
-        "epoch": len(records), "records": records, "format": FORMAT, "config": vars(args), "machine": machine(device),
-        "backbone": args.backbone, "classifier": classifier.state_dict(),
-        "optimizer": optimizer.state_dict() if optimizer else None,
+        "epoch": len(records), "format": FORMAT, "config": vars(args), "machine": machine(device),
+        "backbone": args.backbone, "classifier": classifier.state_dict(), "optimizer": optimizer.state_dict(),
     }}
 
 
@@ -168,11 +161,9 @@ def test(classifier, features, labels):
 def evaluate(args, device, data, backbone, classifier, optimizer, run, state, stop):
     """Train and test the classifier on the features of the frozen backbone. Returns the exit code."""
     frozen = {name: value.clone() for name, value in backbone.state_dict().items()}
-
     def features_of(images):
         return extract_features(backbone, images, autocast(device, args.precision), args.mean, args.std,
                                 check=stop.check)
-
     try:
         test_features, record = features_of(data.test_images), None
         if args.evaluate is not None:
@@ -190,8 +181,8 @@ def evaluate(args, device, data, backbone, classifier, optimizer, run, state, st
         say("Interrupted." if args.evaluate else
             f"Interrupted. Resume with: python main_lincls.py --resume {shlex.quote(run.path(EVALUATION))}")
         return stop.exit_code
-    losses, weights = [record["train_loss"] for record in run.records], classifier.state_dict().values()
-    if not (all(map(math.isfinite, losses)) and all(value.isfinite().all() for value in weights)):
+    finite = [math.isfinite(record["train_loss"]) for record in run.records]
+    if not all(finite + [bool(value.isfinite().all()) for value in classifier.state_dict().values()]):
         return run.fail("the loss or the weights are not finite; lower --lr")
     moved = [name for name, value in backbone.state_dict().items() if not torch.equal(value, frozen[name])]
     if moved:
@@ -207,11 +198,11 @@ def report(args, data, classifier, record, confusion, run):
     results = {"images": len(data.test_images), **record}
     which = "" if args.evaluate else f"epoch {record['epoch']}, " if args.features == "augmented" else "L-BFGS, "
     print(f"linear top-1: {record['test_top1']:.2f} % ({which}{len(data.test_images):,} test images)")
-    if args.evaluate is None and args.features == "augmented":
-        best = max(run.records, key=lambda each: each["test_top1"])
-        print(f"best epoch ({best['epoch']}): {best['test_top1']:.2f} %, chosen on the test images: not the result")
-        results |= {"best_epoch": best["epoch"], "best_top1": best["test_top1"]}
     if args.evaluate is None:
+        if args.features == "augmented":
+            best = max(run.records, key=lambda each: each["test_top1"])
+            print(f"best epoch ({best['epoch']}): {best['test_top1']:.2f} %, chosen on the test images: not the result")
+            results |= {"best_epoch": best["epoch"], "best_top1": best["test_top1"]}
         weights = {name: value.cpu() for name, value in classifier.state_dict().items()}
         run.attempt(checkpoint.save, run.path("classifier.pt"), weights)
     results |= {"backbone": args.backbone, "class_top1": dict(zip(data.classes, class_accuracies(confusion))),
@@ -223,47 +214,23 @@ def report(args, data, classifier, record, confusion, run):
     return run.fail(run.unsaved) if run.unsaved else 0
 
 
-def fill_in(args, data):
-    """Defaults that depend on other settings. Raises ValueError for settings that exclude each other."""
-    args.num_cls = args.num_cls or len(data.classes)
-    if args.num_cls != len(data.classes):
-        raise ValueError(f"--num_cls {args.num_cls}: {args.dataset} has {len(data.classes)} classes")
-    cached = args.features == "cached"
-    for name, value in SGD.items():
-        if cached and getattr(args, name) is not None:
-            raise ValueError(f"--{name} is for --features augmented; L-BFGS does not use it")
-        if not cached and getattr(args, name) is None:
-            setattr(args, name, value)
-    if not cached and args.lr is None:
-        args.lr = LR_PER_256 * args.batch_size / 256
-    if args.weight_decay is None:
-        args.weight_decay = CACHED_WEIGHT_DECAY if cached else 0.0
-    if cached and args.weight_decay == 0:
-        raise ValueError("--weight_decay 0: without a penalty L-BFGS does not converge")
-
-
 def make_classifier(args, backbone, device):
-    """The classifier, new or of --evaluate, and its optimizer, None for --features cached."""
+    """The classifier, new or of --evaluate, and its optimizer for --features augmented."""
     torch.manual_seed(args.seed)
     classifier = torch.nn.Linear(backbone.feature_dim, args.num_cls)
     torch.nn.init.normal_(classifier.weight, std=0.01)
     torch.nn.init.zeros_(classifier.bias)
     if args.evaluate is not None:
-        weights = checkpoint.load(args.evaluate)
-        if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
-            raise ValueError(f"{args.evaluate}: not a classifier")
         try:
-            simsiam.load_tensors(classifier, weights)
-        except ValueError as error:
-            raise ValueError(f"{args.evaluate}: {str(error).split(';')[1]}") from error
+            simsiam.load_tensors(classifier, checkpoint.load(args.evaluate))
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"{args.evaluate} is no classifier of these features: {error}") from error
         beside = os.path.join(os.path.dirname(args.evaluate), RESULTS)
         if os.path.exists(beside) and checkpoint.read_json(beside).get("backbone") != args.backbone:
             warn(f"{args.evaluate} was trained on the features of another backbone than {args.pretrained}")
-    classifier.to(device)
-    if args.features == "cached":
-        return classifier, None
-    return classifier, torch.optim.SGD(classifier.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay,
-                                       fused=True)
+    optimizer = torch.optim.SGD(classifier.to(device).parameters(), args.lr, args.momentum,
+                                weight_decay=args.weight_decay, fused=True)
+    return classifier, optimizer
 
 
 def set_up(parser, args, argv):
@@ -281,8 +248,14 @@ def set_up(parser, args, argv):
     if state is not None and state["backbone"] != args.backbone:
         raise ValueError(f"--pretrained {args.pretrained}: not the backbone that {folder} evaluates")
     data = load_dataset(args.dataset, args.data_root, device, args.train_size, args.test_size)
-    if state is None:
-        fill_in(args, data)
+    args.num_cls = args.num_cls or len(data.classes)
+    if args.num_cls != len(data.classes):
+        raise ValueError(f"--num_cls {args.num_cls}: {args.dataset} has {len(data.classes)} classes")
+    args.lr = LR_PER_256 * args.batch_size / 256 if args.lr is None else args.lr
+    if args.weight_decay is None:
+        args.weight_decay = CACHED_WEIGHT_DECAY if args.features == "cached" else 0.0
+    if args.features == "cached" and args.weight_decay == 0:
+        raise ValueError("--weight_decay 0: without a penalty L-BFGS does not converge")
     if args.fraction < 1:
         chosen = balanced_subset(data.train_labels, args.fraction, args.seed)
         data = data._replace(train_images=data.train_images[chosen.to(data.train_images.device)],
@@ -293,10 +266,8 @@ def set_up(parser, args, argv):
         files = evaluation_files(args, device, [], classifier, optimizer)
         run = start_run("main_lincls.py", folder, args, device, files)
     else:
-        restore(state, device, classifier=classifier.load_state_dict,
-                optimizer=optimizer.load_state_dict if optimizer else lambda none: None)
+        restore(state, device, classifier=classifier.load_state_dict, optimizer=optimizer.load_state_dict)
         run = Run("main_lincls.py", folder, state["epoch"], args.tensorboard)
-        run.records = state["records"]  # also where the log is gone
     backbone.to(device, memory_format=torch.channels_last)
     return args, device, data, backbone, classifier, optimizer, run, state
 

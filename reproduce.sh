@@ -1,16 +1,9 @@
 #!/usr/bin/env bash
 # The paper's run on CIFAR-10, from the data to the released weights: pre-training, linear evaluation, release, check.
+# Finished steps are skipped, interrupted ones resumed.
 #
-#     bash reproduce.sh                       seed 0 on the first CUDA GPU
-#     bash reproduce.sh --seeds 3             seeds 0, 1, 2; finished steps are skipped, interrupted ones resumed
-#     bash reproduce.sh --max_minutes 25      stop after 25 minutes; the same command continues
-#
-# On a CPU, in minutes, with weights in another folder:
-#
-#     bash reproduce.sh --gpu none --name small --weights experiments/small --entry simsiam_resnet18_w16_cifar10 \
-#         --pretrain "--width 16 --train_size 2000 --batch_size 64 --epochs 4" \
-#         --linear "--features cached --train_size 2000"
-#
+# --seeds N             run seeds 0 to N - 1 (1)
+# --max_minutes M       stop after M minutes; the same command continues
 # --data_root DIR       folder that has or gets cifar-10-batches-py (data)
 # --gpu N               index of the CUDA GPU, or none (0)
 # --name NAME           runs are in experiments/NAME, logs go to logs/NAME-seedN (paper)
@@ -21,6 +14,7 @@
 #
 # PYTHON in the environment is the interpreter. Exit code: 0, that of the command that failed, or 2 for a wrong option.
 set -euo pipefail
+# The words of options are to be split: shellcheck disable=SC2086
 PYTHON=${PYTHON:-python3}
 SEEDS=1 MINUTES='' DATA=data GPU=0 NAME=paper ENTRY=simsiam_resnet18_cifar10 WEIGHTS=weights PRETRAIN='' LINEAR=''
 while [ $# -gt 0 ]; do
@@ -49,37 +43,30 @@ EXP=experiments/$NAME
 DEVICE="--gpu $GPU"
 [ "$GPU" != none ] || DEVICE=''
 
-minutes_left() { # as an option, where there is a limit
-    [ -z "$MINUTES" ] || echo "--max_minutes $((MINUTES - SECONDS / 60))"
-}
-
-stop_if_late() {
+slice() { # a script and its options, for the minutes that are left
+    local limit=''
+    [ -z "$MINUTES" ] || limit="--max_minutes $((MINUTES > SECONDS / 60 ? MINUTES - SECONDS / 60 : 0))"
+    "$PYTHON" "$@" $limit
     if [ -n "$MINUTES" ] && [ "$SECONDS" -ge $((60 * MINUTES - 1)) ]; then
         echo "Stopped after $MINUTES minutes. The same command continues."
         exit 0
     fi
 }
 
+RUNS=()
 for ((seed = 0; seed < SEEDS; seed++)); do
     run=$EXP/seed$seed
+    RUNS+=("$run")
     [ ! -e "$run-linear/results.json" ] || continue
-    stop_if_late
-    # The options' words are to be split.
-    # shellcheck disable=SC2046,SC2086
-    "$PYTHON" main.py --data_root "$DATA" $DEVICE $PRETRAIN --seed "$seed" --exp_dir "$EXP" --trial "seed$seed" \
-        --resume auto $(minutes_left)
-    stop_if_late
-    # shellcheck disable=SC2046,SC2086
-    "$PYTHON" main_lincls.py $DEVICE $LINEAR --pretrained "$run/backbone.pt" --exp_dir "$EXP" \
-        --trial "seed$seed-linear" --resume auto $(minutes_left) "$DATA"
-    stop_if_late
+    slice main.py --data_root "$DATA" $DEVICE $PRETRAIN --seed "$seed" --exp_dir "$EXP" --trial "seed$seed" --resume auto
+    slice main_lincls.py $DEVICE $LINEAR --pretrained "$run/backbone.pt" --exp_dir "$EXP" --trial "seed$seed-linear" \
+        --resume auto "$DATA"
     mkdir -p "logs/$NAME-seed$seed" "logs/$NAME-seed$seed-linear"
     cp "$run"/{config.json,log.jsonl} "logs/$NAME-seed$seed"
     cp "$run-linear"/{config.json,log.jsonl,results.json} "logs/$NAME-seed$seed-linear"
 done
-# shellcheck disable=SC2086
 "$PYTHON" export.py release "$EXP/seed0" --linear "$EXP/seed0-linear" --name "$ENTRY" --weights "$WEIGHTS" \
     --data_root "$DATA" $DEVICE
-# shellcheck disable=SC2086
 "$PYTHON" export.py check "$ENTRY" --weights "$WEIGHTS" --data_root "$DATA" $DEVICE
-"$PYTHON" -m utils.plot "$EXP"/seed* --output "$EXP"
+"$PYTHON" -m utils.plot "${RUNS[@]}" --output "$EXP"
+"$PYTHON" -m utils.plot "${RUNS[@]/%/-linear}"

@@ -3,10 +3,9 @@
     python visualize.py --pretrained experiments/1 data
     python visualize.py --pretrained CHECKPOINT --output figures data
 
-The folder of a run of main.py gets the figures, or --output for any checkpoint: neighbors.png (nearest training images
-of a dozen test images), map.png (test features in two dimensions, by t-SNE where scikit-learn is installed, else by
-principal components), knn-confusion.png, spectrum.png. features.json has kNN accuracies, alignment, uniformity and
-effective rank, of the initial weights too if the run was started with --untrained. Width 16: minutes on a CPU.
+Writes neighbors.png (nearest training images of a dozen test images), map.png (test features in two dimensions: t-SNE
+if scikit-learn is installed, else principal components), knn-confusion.png, spectrum.png and features.json (kNN,
+alignment, uniformity, effective rank; of the initial weights too if the run has them). Width 16: minutes on a CPU.
 """
 import os
 
@@ -34,7 +33,7 @@ QUERIES, NEIGHBORS = 12, 6  # of neighbors.png
 
 def make_parser():
     parser = Parser(prog="visualize.py", description=__doc__)
-    parser.add_argument("--pretrained", required=True, metavar="FOLDER|CHECKPOINT", help="a run's folder or a checkpoint")
+    parser.add_argument("--pretrained", required=True, metavar="PATH", help="a run's folder or a checkpoint")
     parser.add_argument("--arch", choices=simsiam.ARCHS, default="resnet18", help="backbone")
     parser.add_argument("--output", metavar="DIR", help="folder for the figures (default: the run's)")
     add_normalization(parser, MEAN, STD)
@@ -45,28 +44,27 @@ def make_parser():
 
 
 def find_files(parser, args, argv):
-    """The settings, with those of the run as defaults if --pretrained is its folder, and the checkpoints by name."""
-    if not os.path.isdir(args.pretrained):
-        if args.output is None:
-            raise ValueError("--output DIR is required if --pretrained is a file")
-        return args, {"trained": args.pretrained}
-    settings = read_config(args.pretrained)["settings"]
-    names = ("arch", "dataset", "data_root", "train_size", "test_size")
-    parser.set_defaults(output=args.pretrained, **{name: settings[name] for name in names})
-    files = {"trained": BACKBONE, "untrained": UNTRAINED}
-    files = {name: os.path.join(args.pretrained, file) for name, file in files.items()}
-    return parser.parse_args(argv), {name: path for name, path in files.items() if os.path.exists(path)}
+    """The settings, with the run's as defaults if --pretrained is its folder, and the checkpoints by name."""
+    if os.path.isdir(args.pretrained):
+        settings = read_config(args.pretrained)["settings"]
+        names = ("arch", "dataset", "data_root", "train_size", "test_size")
+        parser.set_defaults(output=args.pretrained, **{name: settings[name] for name in names})
+        files = {"trained": os.path.join(args.pretrained, BACKBONE)}
+        untrained = os.path.join(args.pretrained, UNTRAINED)
+        return parser.parse_args(argv), files | ({"untrained": untrained} if os.path.exists(untrained) else {})
+    if args.output is None:
+        raise ValueError("--output DIR is required if --pretrained is a file")
+    return args, {"trained": args.pretrained}
 
 
 def measure(backbone, data, args, device):
-    """Numbers of the features of one backbone for features.json, the spectrum, l2-normalized test features [N, D], and
-    what kNN finds: similarities and bank indices [N, k], and the predicted classes [N]."""
+    """Of the features of one backbone: the numbers for features.json, the spectrum, l2-normalized test features [N, D],
+    and what kNN finds: similarities and bank indices [N, k], predicted classes [N]."""
     def features(images):
         return extract_features(backbone, images, autocast(device, args.precision), args.mean, args.std)
 
-    generator = epoch_generator(0, 0, device)
-    size, shape = len(data.test_images), data.test_images.shape[2:]
-    draws = [draw_views(size, generator, *shape) for _ in range(2)]
+    generator, size = epoch_generator(0, 0, device), len(data.test_images)
+    draws = [draw_views(size, generator, *data.test_images.shape[2:]) for _ in range(2)]
     views = [apply_two_views(data.test_images[rows].to(device), *(view.rows(rows) for view in draws))
              for rows in torch.arange(size).split(500)]
     views = [features(denormalize(torch.cat(of_all))) for of_all in zip(*views)]
@@ -85,8 +83,8 @@ def measure(backbone, data, args, device):
 
 
 def plot_neighbors(folder, data, similarities, indices):
-    """Draw neighbors.png: QUERIES test images, class by class the first in file order, and their nearest training
-    images with the similarity, or dashed and with its name if the class is another."""
+    """Draw neighbors.png: QUERIES test images, the first of each class, and their nearest training images with the
+    similarity, or dashed and with its name if the class is another."""
     by_class = [(data.test_labels == label).nonzero()[:, 0].tolist() for label in range(len(data.classes))]
     chosen = [members[turn] for turn in range(QUERIES) for members in by_class if turn < len(members)][:QUERIES]
     with figure(folder, "neighbors", 8.2, 4.2, layout="tight") as drawing:
@@ -94,20 +92,19 @@ def plot_neighbors(folder, data, similarities, indices):
                                 subplot_kw={"xticks": [], "yticks": []})
         for axes in grid.flat:
             axes.set_axis_off()
-        for i, query in enumerate(sorted(chosen, key=lambda query: int(data.test_labels[query]))):
-            row = grid.reshape(-1, NEIGHBORS + 1)[i]
-            images = [(data.test_images[query], data.test_labels[query], None)]
-            images += [(data.train_images[j], data.train_labels[j], s) for j, s in
+        chosen.sort(key=data.test_labels.tolist().__getitem__)
+        for query, row in zip(chosen, grid.reshape(-1, NEIGHBORS + 1)):
+            images = [(data.test_images[query], int(data.test_labels[query]), None)]
+            images += [(data.train_images[j], int(data.train_labels[j]), similarity) for j, similarity in
                        zip(indices[query, :NEIGHBORS].tolist(), similarities[query].tolist())]
             for axes, (image, label, similarity) in zip(row, images):
-                same = label == data.test_labels[query]
+                same = label == images[0][1]
                 axes.set_axis_on()
                 axes.grid(False)
                 axes.imshow(image.permute(1, 2, 0).cpu().numpy())
                 axes.spines[:].set(visible=similarity is not None, linewidth=1.8, color=COLORS[0 if same else 1],
                                    linestyle="-" if same else "--")
-                words = f"{similarity:.2f}" if similarity is not None and same else data.classes[label][:10]
-                axes.set_xlabel(words, fontsize=6, labelpad=2)
+                axes.set_xlabel(f"{similarity:.2f}" if same and similarity else data.classes[label][:10], fontsize=6)
 
 
 def plot_map(folder, unit, labels, classes):
@@ -118,14 +115,13 @@ def plot_map(folder, unit, labels, classes):
         method = "t-SNE"
     except ImportError:
         centered = unit.double() - unit.double().mean(dim=0)
-        points, method = (centered @ torch.linalg.eigh(centered.T @ centered)[1][:, -2:]).numpy(), "principal components"
+        points = (centered @ torch.linalg.eigh(centered.T @ centered)[1][:, -2:]).numpy()
+        method = "principal components"
         info("map.png shows principal components; for t-SNE install scikit-learn")
     colors = colormaps["tab10" if len(classes) <= 10 else "turbo"](numpy.linspace(0, 1, len(classes)))
     with figure(folder, "map", 4.2, 3.6) as drawing:
         axes = drawing.subplots()
-        order = numpy.random.default_rng(0).permutation(len(points))  # no class on top
-        axes.scatter(*points[order].T, s=min(12, max(1.5, 2e4 / len(points))), c=colors[labels.numpy()[order]],
-                     linewidths=0, alpha=0.7)
+        axes.scatter(*points.T, s=min(12, max(1.5, 2e4 / len(points))), c=colors[labels], linewidths=0, alpha=0.7)
         for label in labels.unique().tolist() if len(classes) <= 20 else ():
             center = numpy.median(points[labels.numpy() == label], axis=0)
             axes.annotate(classes[label], center, ha="center", va="center", fontsize=7,
@@ -172,7 +168,6 @@ def main(argv=None):
         checkpoint.write_json(os.path.join(args.output, "features.json"), numbers)
         if os.path.exists(os.path.join(args.output, CONFIG)):
             write_report(args.output)
-        info(f"{args.output}: neighbors.png, map.png, knn-confusion.png, spectrum.png, features.json")
 
 
 if __name__ == "__main__":

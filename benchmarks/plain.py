@@ -13,7 +13,6 @@ import time
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch  # before utils, whose OpenMP setting a plain script does not have
-import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision import transforms
@@ -45,18 +44,6 @@ class TwoViews:
     def __getitem__(self, i):
         image = Image.fromarray(self.images[i])
         return self.transform(image), self.transform(image)
-
-
-def knn_predict(queries, bank, labels, k, temperature, num_classes):
-    """utils.knn.knn_predict as public monitors do it: 512 queries at a time, votes through a one-hot."""
-    columns, predicted = F.normalize(bank, dim=1).t().contiguous(), []
-    for chunk in F.normalize(queries, dim=1).split(512):
-        similarities, indices = (chunk @ columns).topk(k, dim=1)
-        neighbors = labels.expand(len(chunk), -1).gather(1, indices)
-        one_hot = torch.zeros(len(chunk) * k, num_classes, device=bank.device).scatter(1, neighbors.view(-1, 1), 1.0)
-        votes = one_hot.view(len(chunk), k, num_classes) * (similarities / temperature).exp()[:, :, None]
-        predicted.append(votes.sum(dim=1).argsort(dim=1, descending=True)[:, 0])
-    return torch.cat(predicted)
 
 
 def main(argv=None):

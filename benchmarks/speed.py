@@ -1,17 +1,14 @@
-"""Speed and memory of this repository beside a plain training script (benchmarks/plain.py):
+"""Speed of this repository beside a plain training script (benchmarks/plain.py):
 
     python benchmarks/speed.py
     python benchmarks/speed.py --what end_to_end --precision bf16 --json speed.json
-    python benchmarks/speed.py --what memory --rounds 1 --steps 1 --width 64 --batch 256 512
     python benchmarks/speed.py --profile profile.txt
 
 end_to_end  views per second of training: main.py's second epoch, and as many steps of plain.py after a warm-up
-memory      peak resident memory in MiB of the same runs, with main.py's kNN and without loader processes (CPU only)
 views       views per second of the augmentation alone
-knn         seconds to classify 10,000 features by the nearest 200 of 60,000, in 128 dimensions
 
-Default: width 64 with batch 512 on a GPU; on a CPU width 16 with batch 512 and width 64 with batch 32, less than five
-minutes on two cores. The two programs take turns. Figures are medians, with the lowest and the highest.
+Default: width 64 with batch 512 on a GPU; on a CPU width 16 with batch 512 and width 64 with batch 32, about five
+minutes on two idle cores. The two programs take turns. Figures are medians, with the lowest and the highest.
 """
 import json
 import os
@@ -37,28 +34,19 @@ from benchmarks import plain
 from utils.augment import apply_two_views, draw_views, epoch_generator
 from utils.cli import Parser, add_device_options, run_script, whole_number
 from utils.device import describe, select_device, select_precision
-from utils.knn import knn_predict
 
-UNITS = {"end_to_end": "views/s", "memory": "MiB", "views": "views/s", "knn": "s"}
+WHAT = ("end_to_end", "views")
 SIZES = {"cuda": [(64, 512)], "cpu": [(16, 512), (64, 32)]}  # width, batch
 CORES = os.cpu_count() or 1
-ROW = "{:>5} {:>5}  {:10} {:7} {:>24} {:>24} {:>6}"
+ROW = "{:>5} {:>5}  {:10} {:>24} {:>24} {:>6}"
 
 
 def run(script, options, log=None):
-    """Run a script. Returns the views_per_s in the last line of its log or its output, and its peak memory in MiB."""
-    command = [sys.executable, ROOT / script, *options]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
-    try:
-        out = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-    finally:
-        process.kill()  # after Ctrl-C; otherwise it has ended
-    code = os.waitstatus_to_exitcode(status)
-    if code:  # above 0, the script has printed why
-        sys.exit(code if code > 0 else f"{script} was killed by signal {-code}")
-    record = json.loads((Path(log).read_text() if log else out).splitlines()[-1])
-    return record["views_per_s"], usage.ru_maxrss / (2**10 if sys.platform == "linux" else 2**20)
+    """Run a script; returns the views_per_s in the last line of its log or of its output."""
+    done = subprocess.run([sys.executable, ROOT / script, *options], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    if done.returncode:  # the script has said why
+        sys.exit(done.returncode)
+    return json.loads((Path(log).read_text() if log else done.stdout).splitlines()[-1])["views_per_s"]
 
 
 def run_main(args, width, batch, steps):
@@ -99,11 +87,9 @@ def seconds(work):
 
 
 def measure_training(args, device, width, batch):
-    """Results of end_to_end and of memory."""
     steps = args.steps or (4 if device.type == "cpu" else max(1, 50_000 // batch))
-    pairs = take_turns(args, plain=lambda: run_plain(args, width, batch, steps, max(1, CORES - 1)),
-                       ours=lambda: run_main(args, width, batch, steps))
-    return [{name: [pair[i] for pair in pairs[name]] for name in pairs} for i in range(2)]
+    return take_turns(args, plain=lambda: run_plain(args, width, batch, steps, max(1, CORES - 1)),
+                      ours=lambda: run_main(args, width, batch, steps))
 
 
 def measure_views(args, device, batch):
@@ -121,32 +107,22 @@ def measure_views(args, device, batch):
         return x1[0]
 
     epoch()  # the first time is slower
-    return take_turns(args, plain=lambda: run_plain(args, 1, batch, steps, CORES, "--views_only")[0],
+    return take_turns(args, plain=lambda: run_plain(args, 1, batch, steps, CORES, "--views_only"),
                       ours=lambda: 2 * batch * steps / seconds(epoch))
 
 
-def measure_knn(args, device):
-    queries, bank = torch.randn(70_000, 128, device=device).split((10_000, 60_000))
-    search = queries, bank, torch.randint(10, (60_000,), device=device), 200, 0.1, 10
-    knn_predict(*search)  # the first time is slower
-    return take_turns(args, plain=lambda: seconds(lambda: plain.knn_predict(*search)),
-                      ours=lambda: seconds(lambda: knn_predict(*search)))
-
-
 def add_row(path, table, what, width, batch, results):
-    """Print a row of the table and write them all to the file. width, batch: None if they have no influence."""
-    ours, base = median(results["ours"]), median(results["plain"])
-    better = ours / base if UNITS[what] == "views/s" else base / ours
-    table["rows"].append(dict(what=what, width=width, batch=batch, unit=UNITS[what], **results, better=better))
+    """Print a row of the table and write them all to the file. width: None if it has no influence."""
+    better = median(results["ours"]) / median(results["plain"])
+    table["rows"].append(dict(what=what, width=width, batch=batch, unit="views/s", **results, better=better))
     Path(path).write_text(json.dumps(table, indent=1))
-    form = "{:,.0f} ({:,.0f}-{:,.0f})" if ours >= 100 else "{:.2f} ({:.2f}-{:.2f})"
-    cells = [form.format(median(values), min(values), max(values)) for values in (results["plain"], results["ours"])]
-    print(ROW.format(width or "", batch or "", what, UNITS[what], *cells, f"{better:.2f}"), flush=True)
+    cells = [f"{median(values):,.0f} ({min(values):,.0f}-{max(values):,.0f})" for values in results.values()]
+    print(ROW.format(width or "", batch, what, *cells, f"{better:.2f}"), flush=True)
 
 
 def main(argv=None):
     parser = Parser(prog="benchmarks/speed.py", description=__doc__)
-    parser.add_argument("--what", nargs="+", choices=UNITS, default=list(UNITS), help="what to measure")
+    parser.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT), help="what to measure")
     parser.add_argument("--width", nargs="+", type=whole_number(1), metavar="N", help="channels of the first stage")
     parser.add_argument("--batch", nargs="+", type=whole_number(2), metavar="N", help="images per step")
     parser.add_argument("--steps", type=whole_number(1), metavar="N", help="steps per measurement (default: by device)")
@@ -169,20 +145,14 @@ def main(argv=None):
             sizes = [(width, batch) for width in args.width or sizes[0][:1] for batch in args.batch or sizes[0][1:]]
         if args.profile:
             return write_profile(args, device, *sizes[0])
-
         Path(args.json).write_text("")  # fails now if it cannot be written
         table = {"machine": f"{describe(device)}, {CORES} cores, torch {torch.__version__}, torchvision "
                             f"{torchvision.__version__}, ours in {precision}", "rows": []}
-        print(table["machine"], ROW.format("width", "batch", "", "", "plain", "ours", "better"), sep="\n")
-        # Training first, while this process is small: a child inherits its peak memory.
-        for size in sizes if {"end_to_end", "memory"} & set(args.what) else ():
-            for what, results in zip(UNITS, measure_training(args, device, *size)):
-                if what in args.what and (what == "end_to_end" or device.type == "cpu"):
-                    add_row(args.json, table, what, *size, results)
+        print(table["machine"], ROW.format("width", "batch", "views/s", "plain", "ours", "better"), sep="\n")
+        for size in sizes if "end_to_end" in args.what else ():
+            add_row(args.json, table, "end_to_end", *size, measure_training(args, device, *size))
         for batch in dict.fromkeys(batch for _, batch in sizes) if "views" in args.what else ():
             add_row(args.json, table, "views", None, batch, measure_views(args, device, batch))
-        if "knn" in args.what:
-            add_row(args.json, table, "knn", None, None, measure_knn(args, device))
     return 0
 
 

@@ -57,8 +57,6 @@ def test_main_refuses(refused, no_gpu, args, words):
     ("--num_cls 7", ["--num_cls 7", "10 classes"]),
     ("--fraction 0", ["--fraction", "above 0"]),
     ("--std 0 1 1", ["--std", "above 0"]),
-    ("--features cached --lr 3", ["--lr", "augmented"]),
-    ("--features cached --batch_size 3", ["--batch_size", "augmented"]),
     ("--features cached --weight_decay 0", ["--weight_decay 0", "converge"]),
     ("--width 8", ["width"]),
     ("--arch resnet34", ["resnet18 of width 4"]),
@@ -92,7 +90,7 @@ def test_main_refuses_missing_and_damaged_data(refused, no_gpu, tmp_path, monkey
     refused(pretraining.main, ["--data_root", tmp_path / "none"], tmp_path / "none", "--data_root", "--dataset shapes")
     (tmp_path / "cifar-10-batches-py").mkdir()
     (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"not a batch")
-    refused(pretraining.main, ["--data_root", tmp_path], "damaged", "data_batch_1")
+    refused(pretraining.main, ["--data_root", tmp_path], "no intact cifar-10-batches-py")
 
 
 def test_main_refuses_an_existing_trial_and_another_recipe(refused, no_gpu, run_main):

@@ -301,7 +301,7 @@ def test_a_collapse_is_warned_of_with_its_cause(run_main, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert error.count("collapsed") == 1 and "epoch 3: std 0.0" in error and "--learning_rate (0.00375)" in error
     run_main("--epochs", 3, "--no-stop_gradient")
-    assert "without stop-gradient" in capsys.readouterr().err
+    assert "Without stop-gradient" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------

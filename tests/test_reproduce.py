@@ -1,6 +1,6 @@
-"""reproduce.sh on a few images: each step once, published where it says, and resumed by the same command."""
-import json
+"""reproduce.sh on a few images: its steps, what they publish, and that the same command continues them."""
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,12 +29,55 @@ def reproduce(tmp_path):
 
 
 @pytest.mark.slow
-def test_from_the_data_to_the_released_weights(reproduce, tmp_path, cifar_root):
-    """Stopped before the first step, in the middle, and not at all, by the same command; then nothing is left to do."""
+def test_the_same_command_leads_from_the_data_to_the_released_weights(reproduce, tmp_path, cifar_root):
+    """Stopped before the first step, it does nothing; started again, all of it; once more, the release only."""
     pretrain = "--width 16 --train_size 300 --test_size 200 --batch_size 64 --epochs 2"
-    command = ["--gpu", "none", "--data_root", cifar_root, "--name", "small", "--entry", NAME, "--pretrain", pretrain,
-               "--linear", "--features cached --train_size 300 --test_size 200", "--weights", str(tmp_path / "released")]
-    runs, logs = tmp_path / "experiments" / "small", tmp_path / "logs"
-    stopped = reproduce(*command, "--max_minutes", "0")
-    assert stopped.returncode == 0 and stopped.stdout == "Stopped after 0 minutes. The same command continues.\n"
+    linear = "--features cached --train_size 300 --test_size 200"
+    weights, runs, logs = tmp_path / "released", tmp_path / "experiments" / "small", tmp_path / "logs"
+    command = ["--gpu", "none", "--name", "small", "--weights", str(weights), "--entry", NAME,
+               "--data_root", cifar_root, "--pretrain", pretrain, "--linear", linear]
+    done = reproduce(*command, "--max_minutes", "0")
+    assert (done.returncode, done.stdout) == (0, "Stopped after 0 minutes. The same command continues.\n"), done.stderr
     assert not runs.exists()
+
+    done = reproduce(*command)
+    assert done.returncode == 0, done.stderr
+    pairs = re.findall(r"published +([\d.]+) % +measured +([\d.]+) %", done.stdout)
+    assert len(pairs) == 3 and all(published == measured for published, measured in pairs)
+    for part, names in (("", ("config.json", "log.jsonl")), ("-linear", ("config.json", "log.jsonl", "results.json"))):
+        for name in names:
+            assert (logs / f"small-seed0{part}" / name).read_bytes() == (runs / f"seed0{part}" / name).read_bytes()
+    last, results = log.read(logs / "small-seed0")[-1], checkpoint.read_json(logs / "small-seed0-linear/results.json")
+    assert last["epoch"] == 2 and results["images"] == 200
+    assert re.search(rf"\| seed0 \| 2 \|.* {last['knn200']:.2f} \|", done.stdout)  # the table
+    assert re.search(rf"\| seed0-linear \|.* {results['test_top1']:.2f} \|", done.stdout)
+    about = checkpoint.read_json(weights / f"{NAME}.json")
+    assert about["accuracies_before_rounding"]["linear"] == results["test_top1"] > 10
+    assert (runs / "loss-plot.png").exists() and (weights / f"{NAME}.pt").stat().st_size == about["bytes"]
+
+    written = {path: path.stat().st_mtime_ns for path in runs.glob("*/*") if path.suffix != ".png"}
+    done = reproduce(*command, "--max_minutes", "0")
+    assert done.returncode == 0 and done.stdout.startswith(f"{weights}/{NAME}.pt: knn1 "), done.stdout + done.stderr
+    assert written == {path: path.stat().st_mtime_ns for path in written}
+
+
+@pytest.mark.parametrize("args, words", [
+    ("--seed 3", "unrecognized argument --seed;"), ("--seeds", "--seeds requires a value"),
+    ("--name small --gpu", "--gpu requires a value"), ("--seeds 0", "--seeds"), ("--seeds two", "--seeds"),
+    ("--max_minutes soon", "--max_minutes"), ("--max_minutes 0.5", "--max_minutes"), ("--name a/b", "--name"),
+])
+def test_wrong_options_are_one_line(reproduce, tmp_path, args, words):
+    done = reproduce(*args.split(), python="/no/python")
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1 and words in done.stderr
+    assert not (tmp_path / "experiments").exists()
+
+
+def test_a_command_that_fails_ends_it(reproduce, tmp_path):
+    done = reproduce("--gpu", "none", python="false")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "") and not (tmp_path / "logs").exists()
+
+
+def test_the_help_lists_every_option(reproduce):
+    options = re.findall(r"^    (--\w+)\)", (REPO / "reproduce.sh").read_text(), re.MULTILINE)
+    text = reproduce("--help").stdout
+    assert len(options) == 9 and all(f"{option} " in text for option in options)

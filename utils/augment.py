@@ -79,15 +79,12 @@ def draw_crops(n, generator, height, width, scale):
 
 
 def draw_views(n, generator, height=SIZE, width=SIZE, scale=SCALE):
-    """Draw one view of each of n images of height x width pixels: Draws with n rows, on the generator's device.
-
-    scale: bounds of the crop's share of the image area.
-    """
-    top, left, h, w = draw_crops(n, generator, height, width, scale)
-
+    """Draw one view of each of n images of height x width pixels: Draws with n rows, on the generator's device. scale:
+    bounds of the crop's share of the image area."""
     def coin(p):
         return uniform(0, 1, (n,), generator) < p
 
+    top, left, h, w = draw_crops(n, generator, height, width, scale)
     strength, center = torch.tensor((JITTER, (1.0, 1.0, 1.0, 0.0)), device=generator.device)
     return Draws(
         top, left, h, w,
@@ -154,11 +151,9 @@ def apply_matrix(x, matrix, bias, out=None):
         out = torch.empty_like(x) if out is None else out
         torch.baddbmm(bias[:, :, None], matrix, x.flatten(2), out=out.flatten(2))
         return out
-    matrix, bias = matrix[..., None, None], bias[..., None, None]
-    r, g, b = x.unbind(1)
+    matrix, bias, (r, g, b) = matrix[..., None, None], bias[..., None, None], x.unbind(1)
     return torch.stack([
-        matrix[:, i, 0] * r + matrix[:, i, 1] * g + matrix[:, i, 2] * b + bias[:, i] for i in range(3)
-    ], dim=1)
+        matrix[:, i, 0] * r + matrix[:, i, 1] * g + matrix[:, i, 2] * b + bias[:, i] for i in range(3)], dim=1)
 
 
 def luma_matrix(device):
@@ -172,12 +167,9 @@ def hue_slots(draws):
 
 
 def blend_matrices(draws):
-    """Brightness, contrast and saturation of each image, in its order: three color matrices [3, B, 3, 3], and how much
-    of the image's mean luma each adds [3, B].
-
-    All three are factor * x + (1 - factor) * other, where other is black, the mean luma, or the luma. Without jitter
-    they are the identity, bit for bit.
-    """
+    """Brightness, contrast and saturation of each image, in its order, as three color matrices [3, B, 3, 3], and how
+    much of the mean luma each adds [3, B]: factor * x + (1 - factor) * other, where other is black, the mean luma, or the
+    luma. Without jitter they are the identity, bit for bit."""
     device = draws.order.device
     i = torch.arange(3, device=device)[:, None]
     slot = i + (hue_slots(draws) <= i)                                          # skips the hue shift
@@ -208,38 +200,30 @@ def shift_hue(x, turns):
     hue = (r - g).sub_(b - smallest).div_(chroma.clamp(min=1e-12)).add_(2)  # gray pixels: 2, without effect
     hue = torch.copysign(hue, b - g).add_(6 * turns.view(-1, 1, 1, 1))
     hue = torch.sub(hue, (hue * (1 / 6)).round_(), alpha=6)
-    position = torch.cat([
-        hue.abs().sub_(1), torch.rsub((hue + 1).abs_(), 2), torch.rsub((hue - 1).abs_(), 2),
-    ], dim=1)
+    position = torch.cat([hue.abs().sub_(1), torch.rsub((hue + 1).abs_(), 2), torch.rsub((hue - 1).abs_(), 2)], dim=1)
     return torch.addcmul(smallest, chroma, position.clamp_(0, 1))
 
 
 def color_jitter(x, draws):
-    """ColorJitter with probability, each image in its own order: float [B, 3, H, W] in [0, 1] -> same.
-
-    Three blends before the hue shift and three after it cover all 24 orders: each image takes each of its three blends
-    on the side where it belongs, and the identity on the other side.
-    """
+    """ColorJitter with probability, each image in its own order: float [B, 3, H, W] in [0, 1] -> same. Three blends
+    before the hue shift and three after it cover all 24 orders: an image takes each of its three on one side, and the
+    identity on the other."""
     (matrices, of_mean), slots, identity = blend_matrices(draws), hue_slots(draws), torch.eye(3, device=x.device)
-
-    def blends(x, takes):
+    for side in (-1, 1):
+        if side == 1:
+            x = shift_hue(x, torch.where(draws.jitter, draws.factors[:, HUE], 0.0))
         for i in range(3):
-            mine = takes(i)
+            mine = i < slots if side == -1 else i >= slots
             x = blend(x, torch.where(mine[:, None, None], matrices[i], identity), of_mean[i] * mine)
-        return x
-
-    x = blends(x, lambda i: i < slots)
-    x = shift_hue(x, torch.where(draws.jitter, draws.factors[:, HUE], 0.0))
-    return blends(x, lambda i: i >= slots)
+    return x
 
 
 def gray_and_normalize(draws):
     """Grayscale with probability, then normalization, as color matrices [B, 3, 3] and biases [B, 3]."""
-    device = draws.gray.device
-    colors = torch.where(draws.gray[:, None, None], luma_matrix(device), torch.eye(3, device=device))
-    matrix = torch.stack([colors[:, i] / STD[i] for i in range(3)], dim=1)
-    bias = torch.stack([torch.full(draws.gray.shape, -MEAN[i] / STD[i], device=device) for i in range(3)], dim=1)
-    return matrix, bias
+    gray, device = draws.gray, draws.gray.device
+    colors = torch.where(gray[:, None, None], luma_matrix(device), torch.eye(3, device=device))
+    bias = torch.stack([torch.full(gray.shape, -MEAN[i] / STD[i], device=device) for i in range(3)], dim=1)
+    return torch.stack([colors[:, i] / STD[i] for i in range(3)], dim=1), bias
 
 
 def normalize(images, mean=MEAN, std=STD):

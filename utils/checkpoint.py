@@ -34,10 +34,9 @@ def write(path, content, keep_previous=False):
         if keep_previous and os.path.exists(path):
             keep(path)
         os.replace(partial, path)
-        if hasattr(os, "O_DIRECTORY"):  # the new name too survives a power cut
-            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
-            os.fsync(folder)
-            os.close(folder)
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        os.fsync(folder)  # the new name too survives a power cut
+        os.close(folder)
     except OSError as error:
         raise OSError(f"{path} could not be written ({error.strerror or error})") from error
     finally:  # also after Ctrl-C: half a file takes room that the next one may need
@@ -64,11 +63,8 @@ def previous_path(path):
 
 
 def load(path):
-    """Read a checkpoint onto the CPU, with weights_only=True: code in the file does not run.
-
-    Raises OSError if the file cannot be read, and ValueError if it is truncated, damaged (by its checksums) or holds
-    more than tensors and plain values, which it then names.
-    """
+    """Read a checkpoint onto the CPU, with weights_only=True: code in the file does not run. Raises OSError if it
+    cannot be read, ValueError if it is damaged or holds more than tensors and plain values, which it then names."""
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path!r} is a folder, not a checkpoint")
     if not os.path.exists(path):

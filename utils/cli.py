@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import difflib
+import functools
 import math
 import signal
 import sys
@@ -38,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         try:
             super()._check_value(action, value)
         except argparse.ArgumentError as error:
-            error.message += nearest(str(value), map(str, action.choices))
+            error.message += nearest(str(value), list(map(str, action.choices)))
             raise
 
     def error(self, message):
@@ -54,14 +55,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def nearest(word, valid):
-    """'; did you mean ...?' with the valid word nearest to a typed one by initials (lr, learning_rate) or letters, or ''."""
-    def form(text):
-        return text.lower().strip("-").replace("-", "_")
-
+    """'; did you mean ...?' with the valid word nearest to a typed one by initials (lr, learning_rate) or letters."""
     def initials(text):
         return "".join(part[:1] for part in text.split("_"))
 
-    word, forms = form(word), {form(each): each for each in valid}
+    word, *forms = (each.lower().strip("-").replace("-", "_") for each in (word, *valid))
+    forms = dict(zip(forms, valid))
     found = [each for each in forms if len(word) > 1 and word in (initials(each), each) or each == initials(word)]
     found = found or difflib.get_close_matches(word, forms, n=1)
     return f"; did you mean {forms[found[0]]}?" if found else ""
@@ -79,13 +78,9 @@ def number(kind, least=0, most=math.inf, above=False):
     return convert
 
 
-def whole_number(least):
-    """Argument type: an integer from `least` to 2^32 - 1."""
-    return number(int, least, 2**32 - 1)
-
-
 real_number = number(float)  # 0 or more
 fraction = number(float, most=1, above=True)
+whole_number = functools.partial(number, int, most=2**32 - 1)  # whole_number(least)
 
 
 def add_data_options(parser, datasets, positional=True):
@@ -137,11 +132,6 @@ def run_script(main):
         sys.exit(128 + signal.SIGINT)
 
 
-def set_quiet(value):
-    global quiet
-    quiet = value
-
-
 def say(text, file=None):
     """Print a line above the progress bar, to stdout by default. A closed or full stream does not end a run."""
     with contextlib.suppress(OSError):
@@ -155,6 +145,11 @@ def info(text):
 
 def warn(text):
     say(f"warning: {text}", sys.stderr)
+
+
+def set_quiet(value):
+    global quiet
+    quiet = value
 
 
 def bar(*args, **options):

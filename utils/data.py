@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset, pil_loader
-from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.v2 import functional
 
 from utils import shapes
@@ -29,12 +28,9 @@ class Dataset(NamedTuple):
 
 
 def load_dataset(name, root, device, train_size=None, test_size=None):
-    """Load 'cifar10', 'cifar100' or 'shapes' as a Dataset.
-
-    root: folder that has, or gets, `cifar-10-batches-py` or `cifar-100-python`; unused for shapes. train_size,
-    test_size: the first N images in file order; for shapes, the number drawn. Raises ValueError for an unknown name,
-    damaged files (MD5) and sizes beyond the data set's, OSError if the download fails.
-    """
+    """Load 'cifar10', 'cifar100' or 'shapes' as a Dataset. root: folder that has or gets the files of CIFAR.
+    train_size, test_size: the first N images in file order; for shapes, the number drawn. Raises ValueError for an
+    unknown name and sizes beyond the data set's, OSError if the download fails."""
     if name == "shapes":
         splits = [shapes.draw_shapes(train_size or SHAPES_TRAIN, SHAPES_TRAIN_SEED),
                   shapes.draw_shapes(test_size or SHAPES_TEST, SHAPES_TEST_SEED)]
@@ -45,35 +41,23 @@ def load_dataset(name, root, device, train_size=None, test_size=None):
         classes = cifar[0].classes
     else:
         raise ValueError(f"unknown data set {name!r}; choose from {', '.join(DATASETS)}")
-    train_images, train_labels = first_images(*splits[0], train_size, "train")
-    test_images, test_labels = first_images(*splits[1], test_size, "test")
-    home = device
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        home = device if train_images.nbytes + test_images.nbytes <= DEVICE_SHARE * free else torch.device("cpu")
-    return Dataset(
-        train_images.to(home), train_labels.to(device), test_images.to(home), test_labels.to(device), classes,
-    )
+    train, train_labels = first_images(*splits[0], train_size, "train")
+    test, test_labels = first_images(*splits[1], test_size, "test")
+    fits = device.type != "cuda" or train.nbytes + test.nbytes <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+    home = device if fits else torch.device("cpu")
+    return Dataset(train.to(home), train_labels.to(device), test.to(home), test_labels.to(device), classes)
 
 
 def open_cifar(name, root):
-    """Both splits as torchvision data sets, downloaded if the folder is missing."""
-    cifar = CIFAR[name]
-    folder = os.path.join(root, cifar.base_folder)
-    files = [*cifar.train_list, *cifar.test_list, (cifar.meta["filename"], cifar.meta["md5"])]
-    if os.path.lexists(folder):
-        damaged = [file for file, md5 in files if not check_integrity(os.path.join(folder, file), md5)]
-        if damaged:
-            raise ValueError(f"{folder}: missing or damaged: {', '.join(damaged)}; remove it to download it again")
-    new_root = not os.path.lexists(root)
+    """Both splits as torchvision data sets; missing or damaged files (by MD5) are downloaded."""
+    existed = os.path.lexists(root)
     try:
-        train = cifar(root, train=True, download=not os.path.lexists(folder))
+        return [CIFAR[name](root, train=train, download=train) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        if new_root and os.path.isdir(root) and not os.listdir(root):
+        if not existed and os.path.isdir(root) and not os.listdir(root):
             os.rmdir(root)
-        raise OSError(f"{root!r} has no {cifar.base_folder}, and the download failed ({error}); point --data_root "
-                      "(main_lincls.py: DIR) at a copy, or try --dataset shapes") from error
-    return train, cifar(root, train=False)
+        raise OSError(f"{root!r} has no intact {CIFAR[name].base_folder}, and the download failed ({error}); point "
+                      "--data_root (main_lincls.py: DIR) at a copy, or try --dataset shapes") from error
 
 
 def first_images(images, labels, size, split):
@@ -85,12 +69,9 @@ def first_images(images, labels, size, split):
 
 
 def load_folder(folder, size):
-    """Load the images of a folder, resized (short side) and center-cropped to size x size pixels.
-
-    Returns images uint8 [N, 3, size, size], labels int64 [N], class names and file paths. Classes are the subfolders,
-    as in torchvision's ImageFolder; without subfolders every label is -1. Hidden names are ignored. Raises OSError for
-    a folder without images and for an image that cannot be read.
-    """
+    """The images of a folder, resized (short side) and center-cropped: uint8 [N, 3, size, size]; labels int64 [N],
+    class names and file paths. Classes are the subfolders, as in ImageFolder; without any, every label is -1. Hidden
+    names are ignored. Raises OSError for a folder without images and for an image that cannot be read."""
     if not os.path.isdir(folder):
         raise OSError(f"{folder!r}: no such folder")
     entries = sorted((entry for entry in os.scandir(folder) if not entry.name.startswith(".")), key=lambda e: e.name)
@@ -114,8 +95,7 @@ def load_folder(folder, size):
 
 
 def balanced_subset(labels, fraction, seed):
-    """Indices, int64 and sorted, of a fraction of each class drawn by the seed: the same on every device. Each class
-    keeps at least one image."""
+    """Indices, int64 and sorted, of a fraction of each class, at least one, drawn by the seed."""
     generator = torch.Generator().manual_seed(seed)
     chosen = []
     for label in labels.unique().tolist():

@@ -16,12 +16,8 @@ SIMILARITIES = 25_000_000  # at a time: 100 MB, 500 queries with a bank of 50,00
 
 @torch.no_grad()
 def extract_features(backbone, images, autocast, mean=MEAN, std=STD, batch_size=500, check=lambda: None):
-    """Features of all images without augmentation: uint8 [N, 3, H, W] -> float32 [N, feature_dim].
-
-    The backbone runs in eval mode and is left in the mode it came in. Images on another device are moved batch by
-    batch. autocast: makes the context that sets the precision, see utils.device. check: called before each batch; may
-    raise to end the work.
-    """
+    """Features of all images without augmentation, in eval mode: uint8 [N, 3, H, W], on any device -> float32
+    [N, feature_dim]. autocast: makes the context of the precision. check: called before each batch; may raise."""
     was_training = backbone.training
     backbone.eval()
     device = next(backbone.parameters()).device
@@ -67,15 +63,15 @@ def knn_predict(queries, bank, labels, k, temperature, num_classes):
 
 @torch.no_grad()
 def knn_accuracy(backbone, data, autocast, check=lambda: None):
-    """Top-1 accuracy on all test images in percent, for k = 1 and k = 200 (at most the bank), from one search."""
+    """Top-1 accuracies on all test images in percent, from one search: knn1 and knn200 (k at most the bank's size)."""
     bank = extract_features(backbone, data.train_images, autocast, check=check)
     queries = extract_features(backbone, data.test_images, autocast, check=check)
-    predicted = [
-        (data.train_labels[indices[:, 0]],
-         vote(similarities, data.train_labels[indices], TEMPERATURE, len(data.classes)))
-        for similarities, indices in nearest(queries, bank, min(K, len(bank)))
-    ]
-    return tuple(accuracy(torch.cat(classes), data.test_labels) for classes in zip(*predicted))
+    predicted = []
+    for similarities, indices in nearest(queries, bank, min(K, len(bank))):
+        neighbors = data.train_labels[indices]
+        predicted.append((neighbors[:, 0], vote(similarities, neighbors, TEMPERATURE, len(data.classes))))
+    knn1, knn200 = (accuracy(torch.cat(classes), data.test_labels) for classes in zip(*predicted))
+    return {"knn1": knn1, "knn200": knn200}
 
 
 def accuracy(predicted, labels):

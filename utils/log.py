@@ -10,19 +10,15 @@ LOG = "log.jsonl"
 
 def append(folder, records):
     """Append lines to the log and flush them to the disk: all or none. Raises OSError that names the file."""
-    path = os.path.join(folder, LOG)
-    content = "".join(f"{json.dumps(record)}\n" for record in records).encode()
+    path, before = os.path.join(folder, LOG), size(folder)
     try:
-        with open(path, "ab", buffering=0) as file:
-            size = file.tell()
-            try:
-                if file.write(content) < len(content):
-                    raise OSError("disk full")
-                os.fsync(file.fileno())
-            except OSError:
-                file.truncate(size)
-                raise
+        with open(path, "ab") as file:
+            file.write("".join(f"{json.dumps(record)}\n" for record in records).encode())
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.truncate(path, before)
         raise OSError(f"{path} could not be written ({error.strerror or error})") from error
 
 
@@ -46,10 +42,8 @@ def truncate(folder, epoch):
 
 
 def read(folder, empty=False):
-    """The log as a list of dicts of numbers; an unfinished last line is ignored.
-
-    Raises OSError without a log, and ValueError if it is not one or, unless `empty`, has no epoch.
-    """
+    """The log as a list of dicts of numbers; an unfinished last line is ignored. Raises OSError without a log, and
+    ValueError if it is not one or, unless `empty`, has no epoch."""
     path = os.path.join(folder, LOG)
     if not os.path.exists(path):
         raise FileNotFoundError(f"{folder}: no {LOG}; not a run's folder")
@@ -76,9 +70,8 @@ def figures(records):
     """The newest figures of a pre-training in words, short enough to stand beside a bar; '' if there are none."""
     if "loss" not in (records or [{}])[-1]:
         return ""
-    knn = last(records, "knn200")
-    return (f"loss {records[-1]['loss']:.4f}, std {records[-1]['std']:.3f}, "
-            + (f"kNN {knn:.2f} %, " if knn is not None else "") + f"{records[-1]['views_per_s']:,.0f} views/s")
+    knn = f"kNN {last(records, 'knn200'):.2f} %, " if last(records, "knn200") is not None else ""
+    return "loss {loss:.4f}, std {std:.3f}, {}{views_per_s:,.0f} views/s".format(knn, **records[-1])
 
 
 def summarize(folder):

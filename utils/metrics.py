@@ -10,11 +10,8 @@ COLLAPSE_EPOCHS = 3  # in a row below the threshold, before the warning
 
 
 def collapse_std(batch_size, head_bn="default"):
-    """The feature_std (healthy: about 1) below which the outputs have collapsed.
-
-    With a batch norm at the end of the projector it is 2 / sqrt(B) when all outputs but one point the same way, and
-    2 sqrt(2 / B) when all but two do, so the threshold is 3 / sqrt(B). It cannot tell in batches of 11 and less.
-    """
+    """The feature_std (healthy: about 1) below which the outputs have collapsed. Behind a batch norm, 2 / sqrt(B) means
+    that all outputs but one point the same way, 2 sqrt(2 / B) that all but two do: hence 3 / sqrt(B), at most 0.6."""
     if head_bn in ("none", "hidden"):
         return COLLAPSE_STD
     return max(COLLAPSE_STD, min(3 / math.sqrt(batch_size), 0.6))

@@ -8,7 +8,6 @@ Runs whose folder names differ only in a final seedN are drawn as their mean wit
 import contextlib
 import os
 import re
-import statistics
 
 import numpy
 import torch
@@ -31,7 +30,6 @@ STYLE = {
     "legend.fontsize": 8, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True, "lines.linewidth": 1.6, "savefig.dpi": 200,
 }
-MOST_NAMED = 20                           # more classes have no room for their names
 PAPER = {"knn200": 90.0, "test_top1": 91.8}  # CIFAR-10, width 64, 800 epochs; kNN read off Fig. D.1
 
 # The figures: the log keys in each, with their words, and the label of the y axis.
@@ -45,17 +43,11 @@ FIGURES = {
 
 @contextlib.contextmanager
 def figure(folder, name, width=4.2, height=3.0, layout="constrained"):
-    """A matplotlib figure (inches) to draw into, saved as folder/name.png at the end. Raises OSError."""
+    """A figure (inches) to draw into, saved as folder/name.png at the end. Raises OSError."""
     with style.context(["default", STYLE]):
         drawn = Figure(figsize=(width, height), layout=layout)
         yield drawn
         drawn.savefig(os.path.join(folder, f"{name}.png"))
-
-
-def printable(name):
-    """A folder's name as matplotlib can show it, at most 40 characters."""
-    name = "".join(c if c.isprintable() else "?" for c in name.encode(errors="backslashreplace").decode())
-    return name[:40].replace("$", r"\$")
 
 
 def group_seeds(runs):
@@ -63,7 +55,9 @@ def group_seeds(runs):
     groups = {}
     for folder, records in runs.items():
         name = os.path.basename(os.path.abspath(folder))
-        groups.setdefault(printable(re.sub(r"[-_]?seed\d+(?=-linear$|$)", "", name) or name), []).append(records)
+        name = (re.sub(r"[-_]?seed\d+(?=-linear$|$)", "", name) or name).encode(errors="backslashreplace").decode()
+        label = "".join(letter if letter.isprintable() else "?" for letter in name[:40]).replace("$", r"\$")
+        groups.setdefault(label, []).append(records)
     return groups
 
 
@@ -71,13 +65,12 @@ def curve(axes, runs, key, **look):
     """Draw `key` over the epochs: the mean of several runs with a band of one standard deviation."""
     values = [{record["epoch"]: record[key] for record in records if key in record} for records in runs]
     epochs = sorted(set.intersection(*map(set, values)))
-    columns = [[of_run[epoch] for of_run in values] for epoch in epochs]
-    means = [statistics.fmean(column) for column in columns]
-    axes.plot(epochs, means, marker="o" if len(epochs) <= 30 else None, markersize=3, **look)
+    columns = numpy.array([[of_run[epoch] for epoch in epochs] for of_run in values])   # [runs, epochs]
+    mean = columns.mean(axis=0)
+    axes.plot(epochs, mean, marker="o" if len(epochs) <= 30 else None, markersize=3, **look)
     if len(runs) > 1:
-        stds = [statistics.stdev(column) for column in columns]
-        low, high = ([mean + sign * std for mean, std in zip(means, stds)] for sign in (-1, 1))
-        axes.fill_between(epochs, low, high, color=look["color"], alpha=0.2, linewidth=0)
+        std = columns.std(axis=0, ddof=1)
+        axes.fill_between(epochs, mean - std, mean + std, color=look["color"], alpha=0.2, linewidth=0)
 
 
 def level(axes, y, words):
@@ -93,8 +86,8 @@ def mark_levels(axes, name, keys, settings):
         axes.set_ylim(0, max(1.15, axes.get_ylim()[1]))
         level(axes, 1, "1: spread over the whole sphere")
         limits = {collapse_std(each.get("batch_size", 512), each.get("head_bn", "default")) for each in settings}
-        for limit in limits if len(limits) == 1 else ():
-            level(axes, limit, f"{limit:.2g}: collapsed below")
+        if len(limits) == 1:
+            level(axes, *limits, f"{min(limits):.2g}: collapsed below")
     if name == "top1-acc" and all(each.get("dataset") == "cifar10" for each in settings):
         key = next(key for key in PAPER if key in keys)
         axes.set_ylim(None, 100)
@@ -102,8 +95,7 @@ def mark_levels(axes, name, keys, settings):
 
 
 def plot_runs(folders, output):
-    """Draw the figures of runs of main.py or main_lincls.py as PNG files in `output`. Raises OSError, and ValueError for
-    a folder without a log."""
+    """Draw the figures of runs as PNG files in `output`. Raises OSError and ValueError for a folder without a log."""
     runs = {folder: log.read(folder) for folder in folders}
     settings = [read_config(folder)["settings"] for folder in folders if os.path.exists(f"{folder}/config.json")]
     groups = group_seeds(runs)
@@ -141,7 +133,7 @@ def plot_run(folder):
 def plot_confusion(folder, confusion, classes, name="confusion"):
     """Draw which classes are taken for which. confusion: counts int64 [C, C], true classes in rows."""
     shares = (100 * confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
-    named = len(classes) <= MOST_NAMED
+    named = len(classes) <= 20  # more have no room for their names
     with figure(folder, name, *((4.6, 4.2) if named else (6.0, 5.4))) as drawing:
         axes = drawing.subplots()
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100 if named else max(1, shares.max()))
@@ -181,15 +173,10 @@ def plot_views(folder, images, views1, views2, draws1, draws2, columns=6):
             axes.grid(False)
 
 
-def make_parser():
+def main(argv=None):
     parser = Parser(prog="python -m utils.plot", description=__doc__)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a run's folder, with its log.jsonl")
     parser.add_argument("--output", metavar="DIR", help="folder for the figures")
-    return parser
-
-
-def main(argv=None):
-    parser = make_parser()
     args = parser.parse_args(argv)
     with parser.user_errors():
         print(log.table(args.folders))

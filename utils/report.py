@@ -35,11 +35,10 @@ def escape(value):
     return html.escape(str(value).encode(errors="backslashreplace").decode())
 
 
-def table(rows, head=()):
+def table(rows):
     """An HTML table of rows of cells."""
-    lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"] * bool(head)
-    lines += ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
-    return f"<table>{''.join(lines)}</table>"
+    lines = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def results_html(folder, records):
@@ -50,8 +49,8 @@ def results_html(folder, records):
     forms = {"epoch": "d", "loss": ".4f", "std": ".3f", "knn1": ".2f", "knn200": ".2f"}
     shown = [record for record in records if "knn200" in record or record is records[-1]]
     shown = shown[:-1:max(1, len(shown) // 10)] + shown[-1:]
-    return table([[f"{record[key]:{form}}" if key in record else "–" for key, form in forms.items()]
-                  for record in shown], forms)
+    return table([forms, *([f"{record[key]:{form}}" if key in record else "–" for key, form in forms.items()]
+                           for record in shown)])
 
 
 def figures_html(folder):

@@ -2,6 +2,7 @@
 import contextlib
 import datetime
 import fcntl
+import glob
 import itertools
 import os
 import platform
@@ -31,10 +32,8 @@ def run_folder(exp_dir, trial):
 
 
 def new_folder(exp_dir, trial=None):
-    """Create exp_dir/trial, or for None the next free number from 1; returns the path.
-
-    Raises ValueError if the trial exists or is not a plain folder name, OSError if it cannot be created.
-    """
+    """Create exp_dir/trial, or for None the next free number; returns the path. Raises ValueError if the trial exists,
+    OSError if it cannot be created."""
     try:
         os.makedirs(exp_dir, exist_ok=True)
         number = max((int(name) for name in os.listdir(exp_dir) if name.isdecimal()), default=0)
@@ -85,37 +84,36 @@ def find_run(parser, args, argv, name, parts, may_change):
     a resumed run may change. A damaged checkpoint that 'auto' finds is replaced by the previous one, with a warning.
     Raises ValueError and OSError for what cannot be resumed.
     """
-    if args.resume is None:
+    auto = args.resume == "auto"
+    if args.resume is None or auto and not (folder := find_folder(name, args)):
         return args, None, None
-    folder, path = os.path.dirname(args.resume) or ".", args.resume
-    if args.resume != "auto" and args.trial is not None:
+    if not auto and args.trial is not None:
         raise ValueError("--resume PATH continues in the folder of PATH; omit --trial")
-    if args.resume == "auto":
-        folder = latest_run(name, args.exp_dir) if args.trial is None else run_folder(args.exp_dir, args.trial)
-        path = os.path.join(folder or "", name)
-        if folder is None or not (os.path.exists(path) or os.path.exists(checkpoint.previous_path(path))):
-            info(f"nothing to resume in {folder or args.exp_dir}: starting a new run")
-            folder = folder if folder and os.path.lexists(folder) else None  # left by a start that was killed
-            if folder and (not os.path.isdir(folder) or log.size(folder)):
-                raise ValueError(f"{folder} exists and has no checkpoint to resume; choose another --trial")
-            return args, folder, None
+    path = os.path.join(folder, name) if auto else args.resume
+    previous = checkpoint.previous_path(path)
+    if auto and not (os.path.exists(path) or os.path.exists(previous)):
+        if not os.path.isdir(folder) or log.size(folder):
+            raise ValueError(f"{folder} exists and has no checkpoint to resume; choose another --trial")
+        return args, folder, None  # killed before its first checkpoint
     try:
         state = load_state(path, parts)
     except (ValueError, OSError) as error:
-        previous = checkpoint.previous_path(path)
-        if args.resume != "auto" or not os.path.exists(previous):
+        if not (auto and os.path.exists(previous)):
             raise
         state = load_state(previous, parts)
         warn(f"{error}; resuming from {previous}, epoch {state['epoch']}")
-    return resumed_args(parser, argv, state, may_change), folder, state
+    return resumed_args(parser, argv, state, may_change), os.path.dirname(path) or ".", state
 
 
-def latest_run(name, exp_dir):
-    """The folder in exp_dir whose checkpoint was written last, or None."""
-    paths = [os.path.join(exp_dir, run, file) for run in (os.listdir(exp_dir) if os.path.isdir(exp_dir) else [])
-             for file in (name, checkpoint.previous_path(name))]
-    latest = max(filter(os.path.exists, paths), key=os.path.getmtime, default=None)
-    return latest and os.path.dirname(latest)
+def find_folder(name, args):
+    """The folder of the trial, else of the run in exp_dir whose checkpoint was written last; None if there is none."""
+    paths = glob.glob(os.path.join(glob.escape(args.exp_dir), "*", name.replace(".", "*.")))
+    folder = os.path.dirname(max(paths, key=os.path.getmtime, default=""))
+    folder = folder if args.trial is None else run_folder(args.exp_dir, args.trial)
+    if os.path.lexists(folder):
+        return folder
+    info(f"nothing to resume in {args.exp_dir}: starting a new run")
+    return None
 
 
 def load_state(path, parts):
@@ -124,8 +122,8 @@ def load_state(path, parts):
     if not (isinstance(state, dict) and isinstance(state.get("config"), dict)):
         raise ValueError(f"{path}: not a checkpoint to resume")
     if state.get("format") != FORMAT:
-        raise ValueError(f"{path}: written by another version of this code (format {state.get('format')}, not {FORMAT}); "
-                         "config.json beside it names the commit")
+        raise ValueError(f"{path}: written by another version of this code (format {state.get('format')}, not "
+                         f"{FORMAT}); config.json beside it names the commit")
     missing = {"epoch", "machine", *parts} - state.keys()
     if missing:
         raise ValueError(f"{path}: not a checkpoint of this script, it has no {', '.join(sorted(missing))}")
@@ -155,7 +153,7 @@ def restore(state, device, **loaders):
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{state['path']}: its {part} does not fit: {error}") from error
     if state["machine"] != machine(device):
-        warn(f"the checkpoint is of {state['machine']}, this is {machine(device)}: the run continues, but not bit for bit")
+        warn(f"the checkpoint is of {state['machine']}, not {machine(device)}: the run continues, not bit for bit")
 
 
 def machine(device):
@@ -166,8 +164,8 @@ def machine(device):
 class Run:
     """A run's folder, locked for this process and written by a script. records: the lines of its log.
 
-    What cannot be written is a warning, and the run continues; the next checkpoint tries again. `unsaved` is why the
-    newest checkpoint is not on the disk, else None; saved_epoch is the epoch of the newest one that is.
+    What cannot be written is a warning, and the next checkpoint tries again. unsaved: why the last attempt failed, or
+    None; saved_epoch: of the newest checkpoint on the disk.
     """
 
     def __init__(self, script, folder, epoch, tensorboard=False):
@@ -175,9 +173,8 @@ class Run:
         log.truncate(folder, epoch)
         self.records, self.pending = log.read(folder, empty=True), []
         self.unsaved, self.saved_epoch = None, epoch
-        self.board = None
-        if tensorboard:
-            self.board = summary_writer()(os.path.join(folder, "tensorboard"), purge_step=epoch + 1)
+        board = os.path.join(folder, "tensorboard")
+        self.board = summary_writer()(board, purge_step=epoch + 1) if tensorboard else None
 
     def path(self, name):
         return os.path.join(self.folder, name)
@@ -187,10 +184,8 @@ class Run:
         self.records.append(record)
         self.pending.append(record)
         self.attempt(self.write_pending)
-        if self.board is not None:
-            for name in record.keys() - {"epoch"}:
-                self.board.add_scalar(name, record[name], record["epoch"])
-            self.board.flush()
+        for name in record.keys() - {"epoch"} if self.board else ():
+            self.board.add_scalar(name, record[name], record["epoch"])
 
     def write_pending(self):
         log.append(self.folder, self.pending)

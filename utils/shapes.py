@@ -64,9 +64,7 @@ def draw_chunk(rng):
     """Draw images uint8 [CHUNK, SIZE, SIZE, 3] and labels int64 [CHUNK]."""
     def per_image(low, high, *shape):
         return rng.uniform(low, high, (CHUNK, *shape)).astype(np.float32)
-
     labels = rng.integers(len(CLASSES), size=CHUNK)
-
     # A rotated and shifted grid of cells: s, t run from -0.5 to 0.5 in each.
     pitch, turn = per_image(*PITCH, 1, 1), per_image(-math.pi, math.pi, 1, 1)
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
@@ -76,10 +74,8 @@ def draw_chunk(rng):
     s, t = s - column - 0.5, t - row - 0.5
     cell = (row % CELLS * CELLS + column % CELLS).astype(np.int64)
     image = np.arange(CHUNK)[:, None, None]
-
     def per_cell(low, high):
         return per_image(low, high, CELLS * CELLS)[image, cell]
-
     # A rotated and scaled figure in each cell: u, v run from -1 to 1 over it.
     turn, fill = per_cell(-math.pi, math.pi), per_cell(*FILL)
     u = (np.cos(turn) * s + np.sin(turn) * t) / fill
@@ -89,7 +85,6 @@ def draw_chunk(rng):
     for label, figure in enumerate(FIGURES.values()):
         rows = labels == label
         cover[rows] = np.clip(0.5 - figure(u[rows], v[rows]) * radius[rows], 0, 1)
-
     sign = 1 - 2 * ((row + column) % 2)
     color = np.float32(GROUND) + (sign * cover)[..., None] * np.float32(CONTRAST)
     noise = NOISE * rng.standard_normal((CHUNK, SIZE, SIZE, 3), np.float32)
