@@ -17,8 +17,6 @@ import statistics
 import subprocess
 import sys
 
-import utils  # noqa: F401 (before torch)
-
 from utils import checkpoint, log
 from utils.cli import Parser, info, real_number, run_script, say, warn, whole_number
 from utils.metrics import collapse_std
@@ -51,15 +49,13 @@ STUDIES = {
 
 
 def make_parser():
-    parser = Parser(prog="ablate.py", description=__doc__, usage="ablate.py STUDY... [options] [options of main.py]")
-    parser.add_argument("studies", nargs="+", choices=(*STUDIES, "all"), metavar="STUDY",
-                        help=f"all, or some of {', '.join(STUDIES)}")
-    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="run these variants of the studies only")
+    parser = Parser(prog="ablate.py", description=__doc__, usage="ablate.py NAME... [options] [options of main.py]")
+    names = ["all", *STUDIES, *dict.fromkeys(name for variants in STUDIES.values() for name in variants)]
+    parser.add_argument("names", nargs="+", choices=names, metavar="NAME", help=f"study or variant: {', '.join(names)}")
     parser.add_argument("--seeds", type=whole_number(1), default=1, metavar="N", help="runs of each variant")
     parser.add_argument("--epochs", type=whole_number(1), default=200, metavar="N", help="epochs of each run")
     parser.add_argument("--batch_size", type=whole_number(2), default=512, metavar="N", help="except in batch_size")
-    parser.add_argument("--learning_rate", type=real_number, metavar="LR",
-                        help="for --batch_size, in proportion for other batches (default: main.py's)")
+    parser.add_argument("--learning_rate", type=real_number, metavar="LR", help="for --batch_size; scaled for others")
     parser.add_argument("--exp_dir", default="experiments/ablations", metavar="DIR", help="folder of the runs")
     parser.add_argument("--table", action="store_true", help="run nothing: table and figures of the runs in --exp_dir")
     return parser
@@ -144,34 +140,30 @@ def plot_study(study, results, output):
         drawing.legend(loc="outside lower center", ncols=4)
 
 
-def write_tables(args, studies):
-    """Write ablations.md and STUDY.png of the studies whose variants have finished runs, and print the tables."""
+def write_tables(folder):
+    """Write ablations.md and STUDY.png of the studies that have finished runs besides the default; print the tables."""
     lines = []
-    for study in studies:
-        results = {name: (*read_variant(args.exp_dir, name), paper) for name, (_, paper) in STUDIES[study].items()}
+    for study, variants in STUDIES.items():
+        results = {name: (*read_variant(folder, name), paper) for name, (_, paper) in variants.items()}
         results = {name: result for name, result in results.items() if result[0]}
-        if len(results) > (study != "batch_size" and "default" in results):
+        if results.keys() - {"default"}:
             lines += [f"**{study}**", "", table(results), ""]
-            plot_study(study, results, args.exp_dir)
-    checkpoint.write(os.path.join(args.exp_dir, "ablations.md"), "\n".join(lines).encode())
+            plot_study(study, results, folder)
+    checkpoint.write(os.path.join(folder, "ablations.md"), "\n".join(lines).encode())
     print("\n".join(lines))
 
 
 def main(argv=None):
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
-    studies = list(STUDIES) if "all" in args.studies else args.studies
-    variants = {name: options for study in studies for name, (options, _) in STUDIES[study].items()}
+    variants = {name: options for study, variants in STUDIES.items() for name, (options, _) in variants.items()
+                if {"all", study, name} & set(args.names)}
     with parser.user_errors():
-        unknown = set(args.only or ()) - variants.keys()
-        if unknown:
-            raise ValueError(f"--only {unknown.pop()}: choose from {', '.join(variants)}")
-        variants = {name: variants[name] for name in args.only or variants}
         code = 0 if args.table else run_variants(args, variants, rest)
         if code > 1:
             say(f"Resume with: {shlex.join(['python', 'ablate.py', *(sys.argv[1:] if argv is None else argv)])}")
             return code
-        write_tables(args, studies)
+        write_tables(args.exp_dir)
     return code
 
 

@@ -11,6 +11,7 @@ On a CPU: CIFAR-10 at a quarter of the width (92 minutes on one core, kNN 62 %),
 import argparse
 import contextlib
 import math
+import os
 import shlex
 import shutil
 import time
@@ -28,9 +29,7 @@ from utils.cli import (
     real_number, run_script, say, set_quiet, warn, whole_number,
 )
 from utils.data import DATASETS, load_dataset
-from utils.device import (
-    autocast, compile_for, describe, memory_layout, select_device, select_precision, set_deterministic,
-)
+from utils.device import autocast, compile_for, describe, memory_layout, select_device, select_precision
 from utils.knn import knn_accuracy
 from utils.metrics import collapse_warning
 from utils.plot import plot_views
@@ -143,7 +142,7 @@ def pretrain(args, device, data, model, optimizer, scaler, run, state, stop, beg
                 scaler.update()
                 metrics[step] = torch.stack((loss.detach(), std))                   # stays on the device
                 done = step + 1
-                progress.update(epoch + done / steps)
+                progress.advance(epoch + done / steps)
 
             # ---- once an epoch
             state = {"epoch": epoch, "step": done, "metrics": metrics[:done].cpu(),  # the one synchronization
@@ -154,7 +153,7 @@ def pretrain(args, device, data, model, optimizer, scaler, run, state, stop, beg
             evaluate = (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs
             if done == steps:
                 state = finish_epoch(args, device, data, model, scaler, run, state, rate, evaluate, stop, begin)
-                progress.update(state["epoch"] + state["step"] / steps, log.figures(run.records), keep=evaluate)
+                progress.advance(state["epoch"] + state["step"] / steps, log.figures(run.records), keep=evaluate)
             stopping, finished = stop.requested, state["epoch"] == args.epochs
             if stopping or finished or state["step"] == 0 and state["epoch"] % args.save_freq == 0:
                 if not all(value.isfinite().all() for value in model.state_dict().values()):
@@ -244,7 +243,10 @@ def set_up(parser, args, argv):
     data = load_dataset(args.dataset, args.data_root, device, args.train_size, args.test_size)
     if args.batch_size > len(data.train_images):
         raise ValueError(f"--batch_size {args.batch_size}: there are {len(data.train_images)} training images")
-    set_deterministic(args.deterministic)
+    torch.backends.cudnn.benchmark = not args.deterministic
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     parts = build(args, device)
     if state is None:
         state = new_epoch(0) | {"time": 0.0}

@@ -53,8 +53,7 @@ def make_parser():
     backbone.add_argument("--width", type=whole_number(1), metavar="N", help="default: the checkpoint's")
     add_normalization(backbone, MEAN, STD)
     training = parser.add_argument_group("classifier", "L-BFGS does not use --epochs to --crop_scale.")
-    training.add_argument("--features", choices=("augmented", "cached"), default="augmented",
-                          help="SGD on random crops and flips, or L-BFGS on features computed once")
+    training.add_argument("--features", choices=("augmented", "cached"), default="augmented", help="SGD, or L-BFGS")
     training.add_argument("--weight_decay", type=real_number, metavar="WD", help="default: 0 for SGD, 1e-4 for L-BFGS")
     training.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="random seed")
     training.add_argument("--evaluate", metavar="CLASSIFIER", help="train nothing, test this classifier.pt")
@@ -88,7 +87,7 @@ def train_sgd(args, device, data, backbone, classifier, optimizer, test_features
             order = torch.randperm(size, generator=generator, device=device)
             draws = draw_views(size, generator, *data.train_images.shape[2:], scale=(args.crop_scale, 1.0))
             sums = torch.zeros(2, device=device)                       # loss and correct predictions
-            for rows in torch.arange(size, device=device).split(args.batch_size):  # no image is dropped
+            for step, rows in enumerate(torch.arange(size, device=device).split(args.batch_size), 1):  # none is dropped
                 stop.check()
                 images = data.train_images[order[rows].to(data.train_images.device)].to(device, non_blocking=True)
                 labels = data.train_labels[order[rows]]
@@ -98,7 +97,7 @@ def train_sgd(args, device, data, backbone, classifier, optimizer, test_features
                 loss.backward()
                 optimizer.step()
                 sums += torch.stack((loss.detach() * len(labels), (logits.argmax(dim=1) == labels).sum()))
-                progress.update(min(progress.bar.n + len(labels) / size, epoch + 1))
+                progress.advance(epoch + min(step * args.batch_size / size, 1))
             loss, correct = (sums / size).tolist()
             run.log({"epoch": epoch + 1, "train_loss": loss, "train_top1": 100 * correct,
                      **test(classifier, test_features, data.test_labels), "lr": rate,
@@ -106,7 +105,7 @@ def train_sgd(args, device, data, backbone, classifier, optimizer, test_features
             if not math.isfinite(loss):
                 return
             figures = f"loss {loss:.3f}, test top-1 {run.records[-1]['test_top1']:.2f} %"
-            progress.update(epoch + 1, figures, keep=epoch + 1 == args.epochs)
+            progress.advance(epoch + 1, figures, keep=epoch + 1 == args.epochs)
             run.attempt(run.write, evaluation_files(args, device, run.records, classifier, optimizer), epoch + 1)
 
 
@@ -162,8 +161,8 @@ def evaluate(args, device, data, backbone, classifier, optimizer, run, state, st
     """Train and test the classifier on the features of the frozen backbone. Returns the exit code."""
     frozen = {name: value.clone() for name, value in backbone.state_dict().items()}
     def features_of(images):
-        return extract_features(backbone, images, autocast(device, args.precision), args.mean, args.std,
-                                check=stop.check)
+        precision = autocast(device, args.precision)
+        return extract_features(backbone, images, precision, args.mean, args.std, check=stop.check)
     try:
         test_features, record = features_of(data.test_images), None
         if args.evaluate is not None:

@@ -58,7 +58,7 @@ for ((seed = 0; seed < SEEDS; seed++)); do
     run=$EXP/seed$seed
     RUNS+=("$run")
     [ ! -e "$run-linear/results.json" ] || continue
-    slice main.py --data_root "$DATA" $DEVICE $PRETRAIN --seed "$seed" --exp_dir "$EXP" --trial "seed$seed" --resume auto
+    slice main.py --data_root "$DATA" $DEVICE $PRETRAIN --seed $seed --exp_dir "$EXP" --trial seed$seed --resume auto
     slice main_lincls.py $DEVICE $LINEAR --pretrained "$run/backbone.pt" --exp_dir "$EXP" --trial "seed$seed-linear" \
         --resume auto "$DATA"
     mkdir -p "logs/$NAME-seed$seed" "logs/$NAME-seed$seed-linear"

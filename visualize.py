@@ -62,7 +62,6 @@ def measure(backbone, data, args, device):
     and what kNN finds: similarities and bank indices [N, k], predicted classes [N]."""
     def features(images):
         return extract_features(backbone, images, autocast(device, args.precision), args.mean, args.std)
-
     generator, size = epoch_generator(0, 0, device), len(data.test_images)
     draws = [draw_views(size, generator, *data.test_images.shape[2:]) for _ in range(2)]
     views = [apply_two_views(data.test_images[rows].to(device), *(view.rows(rows) for view in draws))
@@ -74,11 +73,9 @@ def measure(backbone, data, args, device):
     predicted = vote(similarities, neighbors, TEMPERATURE, len(data.classes))
     unit = F.normalize(queries, dim=1)
     eigenvalues = spectrum(unit)
-    numbers = {
-        "knn1": accuracy(neighbors[:, 0], data.test_labels), "knn200": accuracy(predicted, data.test_labels),
-        "alignment": alignment(*views), "uniformity": uniformity(unit), "effective_rank": effective_rank(eigenvalues),
-        "feature_dim": unit.shape[1],
-    }
+    numbers = {"knn1": accuracy(neighbors[:, 0], data.test_labels), "knn200": accuracy(predicted, data.test_labels),
+               "alignment": alignment(*views), "uniformity": uniformity(unit),
+               "effective_rank": effective_rank(eigenvalues), "feature_dim": unit.shape[1]}
     return numbers, eigenvalues, unit, similarities, indices, predicted
 
 

@@ -21,7 +21,7 @@ part() {
     tests) "$PYTHON" -m pytest -q -rs -m "not slow" tests ;;
     profile) speed --profile "$SCRATCH/profile" && cat "$SCRATCH/profile" ;;
     main) TORCH_LOGS=graph_breaks,recompiles pretrain --epochs 4 --trial main && cat "$SCRATCH/main/log.jsonl" ;;
-    speed) speed --what end_to_end views knn --json "$OUT/speed.json" ;;
+    speed) speed --json "$OUT/speed.json" ;;
     precision) training_speed precision-fp32 --precision fp32 && training_speed precision-fp16 --precision fp16 ;;
     eager) training_speed eager --no-compile ;;
     linear) pretrain --epochs 1 --trial backbone && "$PYTHON" main_lincls.py --gpu 0 --epochs 5 --exp_dir "$SCRATCH" \

@@ -56,7 +56,6 @@ def main(argv=None):
     parser.add_argument("--gpu", type=int, metavar="N", help="index of the CUDA GPU (default: the first, else the CPU)")
     parser.add_argument("--views_only", action="store_true", help="time the loader alone")
     args = parser.parse_args(argv)
-
     torch.backends.cudnn.benchmark = True
     with parser.user_errors():
         cuda = args.gpu is not None or torch.cuda.is_available()

@@ -80,12 +80,6 @@ def take_turns(args, **functions):
     return {name: [result[name] for result in results] for name in functions}
 
 
-def seconds(work):
-    start = time.perf_counter()
-    work().cpu()  # waits for the GPU
-    return time.perf_counter() - start
-
-
 def measure_training(args, device, width, batch):
     steps = args.steps or (4 if device.type == "cpu" else max(1, 50_000 // batch))
     return take_turns(args, plain=lambda: run_plain(args, width, batch, steps, max(1, CORES - 1)),
@@ -99,16 +93,17 @@ def measure_views(args, device, batch):
     make_views = torch.compile(apply_two_views, dynamic=False) if args.compile else apply_two_views
 
     def epoch():
-        generator = epoch_generator(0, 0, device)
+        start, generator = time.perf_counter(), epoch_generator(0, 0, device)
         draws = [draw_views(steps * batch, generator) for _ in range(2)]
         for step, chosen in enumerate(torch.randint(len(images), (steps, batch), device=device)):
             rows = slice(step * batch, (step + 1) * batch)
             x1, _ = make_views(images[chosen], *(view.rows(rows) for view in draws))
-        return x1[0]
+        x1[0].cpu()  # waits for the GPU
+        return 2 * batch * steps / (time.perf_counter() - start)
 
     epoch()  # the first time is slower
     return take_turns(args, plain=lambda: run_plain(args, 1, batch, steps, CORES, "--views_only"),
-                      ours=lambda: 2 * batch * steps / seconds(epoch))
+                      ours=epoch)
 
 
 def add_row(path, table, what, width, batch, results):

@@ -13,10 +13,8 @@ def cross_entropy(p, z):
 
 
 def simsiam_loss(p1, p2, z1, z2, distance=negative_cosine):
-    """L = D(p1, z2) / 2 + D(p2, z1) / 2: float32 scalar, in [-1, 1] for the negative cosine.
-
-    All inputs are [B, dim]; z1 and z2 are targets, which SimSiam.forward returns detached.
-    """
+    """L = D(p1, z2) / 2 + D(p2, z1) / 2: float32 scalar, in [-1, 1] for the negative cosine. All inputs are [B, dim];
+    z1 and z2 are targets, which SimSiam.forward returns detached."""
     return 0.5 * distance(p1, z2) + 0.5 * distance(p2, z1)
 
 

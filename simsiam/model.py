@@ -14,10 +14,8 @@ HEAD_BN = {
 
 
 def make_head(dims, hidden_bn, output_bn):
-    """An MLP with layer sizes `dims`: Linear-BN-ReLU for hidden layers, Linear-BN without affine for the output.
-
-    A linear layer has a bias only where no batch norm follows.
-    """
+    """An MLP with layer sizes `dims`: Linear-BN-ReLU for hidden layers, Linear-BN without affine for the output. A
+    linear layer has a bias only where no batch norm follows."""
     layers = []
     for i, (in_dim, out_dim) in enumerate(zip(dims, dims[1:])):
         last = i == len(dims) - 2
@@ -56,10 +54,8 @@ class SimSiam(nn.Module):
             self.predictor = nn.Identity()
 
     def forward(self, x1, x2):
-        """Two views of the same images, [B, 3, H, W] each -> p1, p2, z1, z2, [B, dim] each.
-
-        The views pass through the network one after the other, so each has its own batch statistics.
-        """
+        """Two views of the same images, [B, 3, H, W] each -> p1, p2, z1, z2, [B, dim] each. The views pass through the
+        network one after the other, so each has its own batch statistics."""
         z1 = self.projector(self.backbone(x1))  # [B, dim]
         z2 = self.projector(self.backbone(x2))
         p1 = self.predictor(z1)

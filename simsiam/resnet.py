@@ -1,7 +1,4 @@
-"""CIFAR ResNets: a 3x3 stem with stride 1, no max-pool and no fc (paper, appendix D).
-
-Module names follow torchvision's ResNet, so state dicts translate by name.
-"""
+"""CIFAR ResNets: a 3x3 stem with stride 1, no max-pool and no fc (paper, appendix D). Names follow torchvision's."""
 import torch.nn.functional as F
 from torch import nn
 
@@ -88,13 +85,10 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
-        x = self.bn1(self.conv1(x))                        # [B, width, H, W]
+        x = self.bn1(self.conv1(x))                                # [B, width, H, W]
         if self.stem_relu:
             x = F.relu(x, inplace=True)
-        x = self.layer1(x)
-        x = self.layer2(x)
-        x = self.layer3(x)
-        x = self.layer4(x)                                 # [B, feature_dim, H/8, W/8]
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # [B, feature_dim, H/8, W/8]
         return x.mean(dim=(2, 3))
 
 

@@ -1,8 +1,4 @@
-"""Load a backbone from this project's checkpoints and from those of other SimSiam code for CIFAR.
-
-The layout is recognized by the names of the tensors: Reza-Safdari/SimSiam-91.9-top1-acc-on-CIFAR10,
-PatrickHua/SimSiam, lightly, solo-learn, facebookresearch/simsiam, and plain state dicts.
-"""
+"""Load a backbone from this project's checkpoints and from those of other SimSiam code, by the names of the tensors."""
 import os
 import zipfile
 from typing import NamedTuple
@@ -40,7 +36,11 @@ def load_backbone(source, arch="resnet18", width=None, verbose=True, name=None):
         raise ValueError(f"unknown architecture {arch!r}; choose from {', '.join(ARCHS)}")
     if isinstance(source, (str, os.PathLike)):
         name = source if name is None else name
-        source = read(source)
+        if zipfile.is_zipfile(source):  # torch.load does not verify the checksums
+            with zipfile.ZipFile(source) as archive:
+                if archive.testzip() is not None:
+                    raise ValueError(f"{source}: damaged, a checksum does not match")
+        source = torch.load(source, map_location="cpu", weights_only=True)
     label = "" if name is None else f"{name}: "
     try:
         tensors, others, origin, stem_relu = find_backbone(source)
@@ -58,16 +58,6 @@ def load_backbone(source, arch="resnet18", width=None, verbose=True, name=None):
         notes += [f"trained there on images normalized by mean {origin.normalization}"] * bool(origin.normalization)
         print(f"{label}{', '.join(notes)}")
     return backbone.eval()
-
-
-def read(path):
-    """torch.load, after the zip checksums, which it does not verify."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f"{path}: damaged, the checksum of {damaged} does not match")
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def find_backbone(file):

@@ -108,14 +108,13 @@ def test_the_page_of_a_run_has_its_last_figures_and_the_next_command(finished_ru
 
 
 def test_the_page_of_an_evaluation_has_its_confusion_and_escapes_what_was_typed(tmp_path, drawn):
-    argv = ["/x/main_lincls.py", "--trial", "a", "--epochs", "3", "--gpu=0", "--quiet", "--exp_dir", "<i> &amp;"]
-    folder = write_run(tmp_path / "<i> & 'c'", 1.0, argv, epochs=3, pretrained="</td><script>alert(1)</script>")
+    folder = write_run(tmp_path / "<i> & 'c'", 1.0, ["main_lincls.py", "<i> &amp;"], pretrained="<script>x</script>")
     results = {"test_top1": 51.5, "class_top1": {"cat": 75.0, "dog": None}, "confusion": [[3, 1], [0, 0]]}
     checkpoint.write_json(f"{folder}/results.json", results)
     report.draw_run(folder)
     assert drawn["confusion"].axes[0].images[0].get_array().tolist() == [[75, 25], [0, 0]]  # percent of the true class
-    for words in ("<i> & 'c'", "</td><script>alert(1)</script>", "CPU, <1> thread: epoch 2 of 3.", "test_top1 51.5",
-                  " python main_lincls.py --epochs 3 --exp_dir '<i> &amp;' "):
+    for words in ("<i> & 'c'", "pretrained <script>x</script>", "CPU, <1> thread: epoch 2 of 2.", "test_top1 51.5",
+                  " python main_lincls.py '<i> &amp;' "):
         assert words in read_page(f"{folder}/report.html")[0]
 
 
@@ -180,11 +179,12 @@ def test_a_collapse_is_warned_of_once_after_three_epochs():
     assert warned == [4, 9]
 
 
-def test_a_table_of_logs_has_their_last_figures(tmp_path, capsys):
-    log.append(tmp_path, [{"epoch": i, "test_top1": 60.25 - i, "seconds": 45.0} for i in (1, 2)])
-    log.main([write_run(tmp_path / "run", 1.5), f"{tmp_path}/"])
+def test_a_table_of_logs_has_the_last_figures_of_each(tmp_path, capsys):
+    (tmp_path / "b").mkdir()
+    log.append(tmp_path / "b", [{"epoch": i, "test_top1": 60.25 - i, "seconds": 45.0} for i in (1, 2)])
+    plot.main([write_run(tmp_path / "b" / "b", 1.5), f"{tmp_path}/b/"])
     assert capsys.readouterr().out.splitlines() == [
-        "| run | epoch | loss | std | knn1 | knn200 | minutes | device | test_top1 | best_top1 |",
+        "| run | epoch | loss | std | knn1 | knn200 | minutes | device | test_top1 | best epoch |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| run | 2 | -0.30 | 0.90 | 45.00 | 60.00 | 0.00 | CPU, <1> thread | – | – |",
-        f"| {tmp_path.name} | 2 | – | – | – | – | 1.50 |  | 58.25 | 59.25 |"]
+        "| b | 2 | -0.30 | 0.90 | 45.00 | 60.00 | 0.00 | CPU, <1> thread | – | – |",
+        "| b | 2 | – | – | – | – | 1.50 | – | 58.25 | 59.25 |"]

@@ -323,8 +323,8 @@ def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch, capsys):
         for epoch in range(1000):
             for step in range(1, 11):
                 now[0] += 0.1
-                progress.update(epoch + step / 10)
-            progress.update(epoch + 1, f"loss {epoch}", keep=(epoch + 1) % 250 == 0)
+                progress.advance(epoch + step / 10)
+            progress.advance(epoch + 1, f"loss {epoch}", keep=(epoch + 1) % 250 == 0)
     output, error = capsys.readouterr()
     lines = output.splitlines()
     assert error == "" and 32 <= len(lines) <= 38 and lines[-1] == "epoch 1000/1000  loss 999"

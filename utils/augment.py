@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 MEAN = (0.4914, 0.4822, 0.4465)  # of the CIFAR-10 training pixels, per channel, in [0, 1]
 STD = (0.2470, 0.2435, 0.2616)
-
 SIZE = 32
 SCALE = (0.2, 1.0)
 RATIO = (3 / 4, 4 / 3)
@@ -20,7 +19,6 @@ FLIP_P = 0.5
 JITTER_P = 0.8
 JITTER = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
 GRAY_P = 0.2
-
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # torchvision's numbers of the jitter operations
 CROP_ATTEMPTS = 10                                # as in RandomResizedCrop.get_params
 LUMA = (0.2989, 0.587, 0.114)                     # as in rgb_to_grayscale
@@ -168,8 +166,8 @@ def hue_slots(draws):
 
 def blend_matrices(draws):
     """Brightness, contrast and saturation of each image, in its order, as three color matrices [3, B, 3, 3], and how
-    much of the mean luma each adds [3, B]: factor * x + (1 - factor) * other, where other is black, the mean luma, or the
-    luma. Without jitter they are the identity, bit for bit."""
+    much of the mean luma each adds [3, B]: factor * x + (1 - factor) * other, where other is black, the mean luma, or
+    the luma. Without jitter they are the identity, bit for bit."""
     device = draws.order.device
     i = torch.arange(3, device=device)[:, None]
     slot = i + (hue_slots(draws) <= i)                                          # skips the hue shift

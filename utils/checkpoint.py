@@ -32,7 +32,7 @@ def write(path, content, keep_previous=False):
             file.flush()
             os.fsync(file.fileno())
         if keep_previous and os.path.exists(path):
-            keep(path)
+            os.replace(path, previous_path(path))
         os.replace(partial, path)
         folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
         os.fsync(folder)  # the new name too survives a power cut
@@ -42,18 +42,6 @@ def write(path, content, keep_previous=False):
     finally:  # also after Ctrl-C: half a file takes room that the next one may need
         if os.path.lexists(partial):
             os.remove(partial)
-
-
-def keep(path):
-    """Give the file its previous_path as a second name, so that `path` always exists; without hard links, rename it."""
-    second = f"{previous_path(path)}.partial"
-    try:
-        if os.path.lexists(second):  # left by a killed process
-            os.remove(second)
-        os.link(path, second)
-    except OSError:
-        second = path
-    os.replace(second, previous_path(path))
 
 
 def previous_path(path):

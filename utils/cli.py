@@ -105,8 +105,7 @@ def add_device_options(parser, compiled=False):
     """--gpu, --precision, and with compiled=True --compile; returns their group."""
     group = parser.add_argument_group("device")
     group.add_argument("--gpu", type=int, metavar="N", help="index of the CUDA GPU (default: the first, else the CPU)")
-    group.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
-                       help="auto: bf16 on GPUs that support it, fp16 on older ones, fp32 on the CPU")
+    group.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="auto: by device")
     if compiled:
         group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on with CUDA only")
     return group
@@ -157,30 +156,25 @@ def bar(*args, **options):
     return tqdm(*args, **options, dynamic_ncols=True, disable=True if quiet else None)
 
 
-class Progress:
-    """Progress of a run over its epochs: a bar on a terminal, else a line every LINE_SECONDS. A context manager."""
+class Progress(tqdm):
+    """Progress of a run over its epochs: a bar on a terminal, else a line every LINE_SECONDS."""
 
     def __init__(self, epochs, done):
         self.epochs, self.first, self.begin, self.spoken = epochs, done, time.monotonic(), time.monotonic()
-        self.bar = bar(total=epochs, initial=done, smoothing=0, mininterval=0.2,
-                       bar_format="{bar}| {n:.1f}/{total} epochs [{elapsed}<{remaining}{postfix}]")
+        super().__init__(total=epochs, initial=done, smoothing=0, mininterval=0.2, dynamic_ncols=True,
+                         disable=True if quiet else None,
+                         bar_format="{bar}| {n:.1f}/{total} epochs [{elapsed}<{remaining}{postfix}]")
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.bar.close()
-
-    def update(self, done, figures=None, keep=False):
+    def advance(self, done, figures="", keep=False):
         """done: epochs, with a fraction inside an epoch. figures: text after an epoch. keep: print it in any case."""
-        self.bar.update(done - self.bar.n)
-        if figures is not None:
-            self.bar.set_postfix_str(figures)
-        if keep or self.bar.disable and time.monotonic() - self.spoken > LINE_SECONDS:
+        self.update(done - self.n)
+        if figures:
+            self.set_postfix_str(figures)
+        if keep or self.disable and time.monotonic() - self.spoken > LINE_SECONDS:
             self.spoken = time.monotonic()
             seconds = (self.spoken - self.begin) * (self.epochs - done) / max(done - self.first, 1e-9)
             left = "" if done == self.epochs else f", {tqdm.format_interval(round(seconds))} left"
-            info(f"epoch {done:.{0 if figures else 2}f}/{self.epochs}{'  ' if figures else ''}{figures or ''}{left}")
+            info(f"epoch {done:.{0 if figures else 2}f}/{self.epochs}  {figures}{left}")
 
 
 class Stopped(Exception):

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 CPU_QUOTA = "/sys/fs/cgroup/cpu.max"
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # as in malloc.h
 
@@ -38,8 +38,7 @@ def select_precision(name, device):
 
 def autocast(device, precision):
     """A function that makes the autocast context of a precision; for fp32 autocast is off."""
-    return functools.partial(torch.autocast, device.type, dtype=None if precision == "fp32" else DTYPES[precision],
-                             enabled=precision != "fp32")
+    return functools.partial(torch.autocast, device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
 def memory_layout(device, width, batch_size):
@@ -56,14 +55,6 @@ def compile_for(device, function, choice=None):
     """The function compiled by Inductor, or as it is. choice: True, False, or None for on with CUDA, off on the CPU."""
     compiled = device.type == "cuda" if choice is None else choice
     return torch.compile(function, dynamic=False) if compiled else function
-
-
-def set_deterministic(on):
-    """Bit-reproducible algorithms on CUDA, or the fastest ones."""
-    if on:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = not on
 
 
 def describe(device):

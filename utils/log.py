@@ -51,8 +51,7 @@ def read(folder, empty=False):
         lines = [line for line in file if line.endswith("\n")]
     try:
         records = [json.loads(line) for line in lines]
-        if not all(isinstance(record["epoch"], int) and isinstance(value, (int, float))
-                   for record in records for value in record.values()):
+        if not all(isinstance(value, (int, float)) for each in records for value in (each["epoch"], *each.values())):
             raise ValueError("not a number")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the log of a run ({error})") from error

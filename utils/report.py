@@ -9,11 +9,8 @@ from utils.run import BACKBONE, RESULTS, read_config
 
 REPORT = "report.html"
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { overflow-wrap: anywhere; } h2 { margin-top: 2.2rem; border-bottom: 1px solid #ccc; }
-table { border-collapse: collapse; } th, td { padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top; }
-td { border-top: 1px solid #e5e5e5; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
-pre { background: #f4f4f4; padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+body { font: 16px/1.5 sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere; }
+td { padding: .2rem .8rem .2rem 0; vertical-align: top; } pre { background: #f4f4f4; white-space: pre-wrap; }
 figure { display: inline-block; width: 28rem; max-width: 100%; margin: 0 1rem 1rem 0; vertical-align: top; }
 figure.wide { width: 100%; } img { width: 100%; } figcaption { font-size: .85rem; color: #555; }
 """
@@ -31,13 +28,9 @@ CAPTIONS = {  # in the order of the page
 WIDE = ("views", "neighbors")
 
 
-def escape(value):
-    return html.escape(str(value).encode(errors="backslashreplace").decode())
-
-
 def table(rows):
     """An HTML table of rows of cells."""
-    lines = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
+    lines = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows)
     return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
@@ -83,20 +76,20 @@ def write_report(folder):
         commands.append(evaluation_command(settings, folder, config["device"].startswith("CPU")))
         commands.append(shlex.join(["python", "visualize.py", "--pretrained", folder, settings["data_root"]]))
     done = f"epoch {records[-1]['epoch']} of {settings['epochs']}" if records else "epoch 0"
-    title = escape(os.path.basename(os.path.abspath(folder)))
+    title = html.escape(os.path.basename(os.path.abspath(folder)))
     content = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,"><title>{title}</title><style>{STYLE}</style></head><body>
 <h1>{title}</h1>
-<p>{escape(f"{kind}, {settings['arch']}, {settings['dataset']}, {config['device']}: {done}.")}</p>
+<p>{html.escape(f"{kind}, {settings['arch']}, {settings['dataset']}, {config['device']}: {done}.")}</p>
 <h2>Results</h2>{results_html(folder, records)}
 <h2>Figures</h2>{''.join(figures_html(folder))}
-<h2>Commands</h2><pre>{escape(chr(10).join(commands))}</pre>
+<h2>Commands</h2><pre>{html.escape(chr(10).join(commands))}</pre>
 <h2>Settings</h2>{table(settings.items())}
 <h2>Environment</h2>{table({'device': config['device'], **config['versions']}.items())}
 </body></html>
 """
-    checkpoint.write(os.path.join(folder, REPORT), content.encode())
+    checkpoint.write(os.path.join(folder, REPORT), content.encode(errors="backslashreplace"))
 
 
 def draw_run(folder):

@@ -20,8 +20,8 @@ from utils.device import describe
 
 CONFIG, BACKBONE, CHECKPOINT, UNTRAINED = "config.json", "backbone.pt", "checkpoint.pt", "untrained.pt"
 EVALUATION, RESULTS = "evaluation.pt", "results.json"  # what main_lincls.py resumes from, and what it found
-FORMAT = 2                                             # of the checkpoints
-PROCESS = ("gpu", "resume", "max_minutes", "quiet")    # settings of a process, not of the run
+FORMAT = 2  # of the checkpoints
+PROCESS = ("gpu", "resume", "max_minutes", "quiet")  # settings of a process, not of the run
 
 
 def run_folder(exp_dir, trial):
@@ -69,11 +69,9 @@ def write_config(folder, settings, device):
 
 def read_config(folder):
     """The content of config.json. Raises OSError, and ValueError if it is not a run's."""
-    path = os.path.join(folder, CONFIG)
-    config = checkpoint.read_json(path)
-    if not (isinstance(config, dict) and isinstance(config.get("settings"), dict)
-            and {"arch", "dataset", "data_root"} <= config["settings"].keys()):
-        raise ValueError(f"{path}: not the settings of a run")
+    config = checkpoint.read_json(os.path.join(folder, CONFIG))
+    if not (isinstance(config, dict) and isinstance(config.get("settings"), dict)):
+        raise ValueError(f"{os.path.join(folder, CONFIG)}: not the settings of a run")
     return config
 
 
@@ -173,8 +171,7 @@ class Run:
         log.truncate(folder, epoch)
         self.records, self.pending = log.read(folder, empty=True), []
         self.unsaved, self.saved_epoch = None, epoch
-        board = os.path.join(folder, "tensorboard")
-        self.board = summary_writer()(board, purge_step=epoch + 1) if tensorboard else None
+        self.board = summary_writer(folder, epoch) if tensorboard else None
 
     def path(self, name):
         return os.path.join(self.folder, name)
@@ -183,23 +180,21 @@ class Run:
         """Append a line to log.jsonl."""
         self.records.append(record)
         self.pending.append(record)
-        self.attempt(self.write_pending)
+        self.attempt(self.write)
         for name in record.keys() - {"epoch"} if self.board else ():
             self.board.add_scalar(name, record[name], record["epoch"])
 
-    def write_pending(self):
+    def write(self, files=(), epoch=None):
+        """Write log lines that are not on the disk yet, then states by their file names, in order; the last one is the
+        checkpoint of an epoch. Raises OSError."""
         log.append(self.folder, self.pending)
         self.pending = []
-
-    def write(self, files, epoch):
-        """Write states by their file names, in order; the last one is the checkpoint. Raises OSError."""
-        if self.pending:
-            self.write_pending()
-        for i, (name, state) in enumerate(files.items(), 1):
-            checkpoint.save(self.path(name), state, keep_previous=i == len(files))
-        self.saved_epoch = epoch
+        for name in files:
+            checkpoint.save(self.path(name), files[name], keep_previous=name == list(files)[-1])
+        self.saved_epoch = self.saved_epoch if epoch is None else epoch
 
     def attempt(self, write, *args):
+        """Call write(*args), which raises OSError if it fails."""
         try:
             write(*args)
             self.unsaved = None
@@ -223,18 +218,16 @@ class Run:
 def start_run(script, folder, args, device, files):
     """A Run in a new folder (or in `folder`, of a start that was killed), with config.json and the first files in it.
     args: the script's settings. Raises ValueError and OSError, and then leaves no new folder."""
-    if args.tensorboard:
-        summary_writer()
     path = folder or new_folder(args.exp_dir, args.trial)
     try:
         run = Run(script, path, -1, args.tensorboard)
         write_config(path, vars(args), device)
         run.write(files, 0)
-    except OSError:
+        return run
+    except (OSError, ValueError):
         if folder is None:
             shutil.rmtree(path, ignore_errors=True)
         raise
-    return run
 
 
 def lock(folder):
@@ -243,17 +236,16 @@ def lock(folder):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.close()
         raise ValueError(f"{folder}: another process is working on this run") from None
     except OSError as error:  # some network file systems have no locks
         warn(f"{folder} cannot be locked ({error.strerror}); make sure that no other process resumes this run")
     return file
 
 
-def summary_writer():
-    """TensorBoard's SummaryWriter. Raises ValueError if the package is missing."""
+def summary_writer(folder, epoch):
+    """TensorBoard's writer, after an epoch. Raises ValueError if the package is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError("--tensorboard requires the package tensorboard (pip install tensorboard)") from error
-    return SummaryWriter
+    return SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=epoch + 1)

@@ -97,13 +97,11 @@ def draw_shapes(n, seed):
     them are draw_shapes(m, seed)."""
     images = np.empty((n, 3, SIZE, SIZE), np.uint8).transpose(0, 2, 3, 1)  # NCHW in memory
     labels = np.empty(n, np.int64)
-
     def fill(i):
         rows = slice(i * CHUNK, min(n, (i + 1) * CHUNK))
         chunk_images, chunk_labels = draw_chunk(np.random.default_rng((seed, i)))
         images[rows] = chunk_images[:rows.stop - rows.start]
         labels[rows] = chunk_labels[:rows.stop - rows.start]
-
     chunks = range(math.ceil(n / CHUNK))
     with ThreadPool(os.cpu_count()) as pool:  # numpy releases the global lock
         list(bar(pool.imap_unordered(fill, chunks), desc="shapes", total=len(chunks), leave=False, delay=2))
