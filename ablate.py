@@ -1,5 +1,4 @@
-"""The paper's study (Sec. 4) on CIFAR-10: a run of main.py for each variant and seed, then a table beside the paper's
-numbers and the curves of its Figure 2.
+"""The paper's study (Sec. 4) on CIFAR-10: runs of main.py, a table beside the paper's, and the curves of Figure 2.
 
     python ablate.py all --data_root data --epochs 200 --gpu 0
     python ablate.py stop_gradient --seeds 2 --data_root data --epochs 30 --width 16 --train_size 5000 \\
@@ -63,8 +62,7 @@ def make_parser():
 
 def complete(options, args):
     """The options of a variant's run, with the settings that all runs share."""
-    own = dict(zip(options, options[1:]))
-    batch = int(own.get("--batch_size", args.batch_size))
+    batch = int(dict(zip(options, options[1:])).get("--batch_size", args.batch_size))
     shared = ["--epochs", str(args.epochs), "--batch_size", str(batch)]
     if args.learning_rate is not None:
         shared += ["--learning_rate", f"{args.learning_rate * batch / args.batch_size:g}"]
@@ -73,8 +71,8 @@ def complete(options, args):
 
 def run_main(options):
     """Run main.py; signals are passed on, so that it can save its checkpoint. Returns its exit code."""
-    main_py = os.path.join(os.path.dirname(os.path.abspath(__file__)), "main.py")
-    process = subprocess.Popen([sys.executable, main_py, *options], start_new_session=True)  # Ctrl-C reaches it once
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "main.py")
+    process = subprocess.Popen([sys.executable, script, *options], start_new_session=True)  # Ctrl-C reaches it once
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: process.send_signal(number))
     return process.wait()
@@ -99,7 +97,7 @@ def run_variants(args, variants, rest):
 def read_variant(folder, name):
     """The logs of a variant's finished runs by seed, and the settings of one of them."""
     runs, settings = {}, {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), f"{name}-seed[0-9]*"))):
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), f"{name}-seed*[0-9]"))):
         settings, records = read_config(path)["settings"], log.read(path, empty=True)
         if records and records[-1]["epoch"] == settings["epochs"]:
             runs[int(path.rpartition("-seed")[2])] = records

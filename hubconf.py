@@ -14,10 +14,10 @@ _WEIGHTS = _os.path.join(_os.path.dirname(_os.path.abspath(__file__)), "weights"
 
 
 def simsiam_resnet18_cifar10(pretrained=True, folder=_WEIGHTS):
-    """CIFAR ResNet-18 (11.17 M parameters) pre-trained by SimSiam on CIFAR-10, or with new weights, in eval mode. Float32
-    RGB images [B, 3, H, W], H and W at least 8, in [0, 1] and normalized by mean (0.4914, 0.4822, 0.4465), std
-    (0.2470, 0.2435, 0.2616) -> features [B, 512]. Raises FileNotFoundError without weights, ValueError if their SHA-256
-    is not the published one."""
+    """CIFAR ResNet-18 (11.17 M parameters) in eval mode, pre-trained by SimSiam on CIFAR-10 or with new weights. RGB
+    images float32 [B, 3, H, W], H and W at least 8, in [0, 1], normalized by mean (0.4914, 0.4822, 0.4465) and std
+    (0.2470, 0.2435, 0.2616) -> features [B, 512]. Raises FileNotFoundError without weights, ValueError if their
+    SHA-256 is not the published one."""
     return _load("simsiam_resnet18_cifar10", 64, folder) if pretrained else _resnet18().eval()
 
 

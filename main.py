@@ -18,7 +18,6 @@ import time
 from functools import partial
 
 import utils  # noqa: F401 (before torch)
-
 import torch
 
 import simsiam
@@ -39,7 +38,6 @@ from utils.run import BACKBONE, CHECKPOINT, FORMAT, UNTRAINED, Run, find_run, ma
 DISTANCES = {"cosine": simsiam.negative_cosine, "cross_entropy": simsiam.cross_entropy}
 LOSSES = dict(symmetric=simsiam.simsiam_loss, asymmetric=simsiam.asymmetric_loss, asymmetric_2x=simsiam.asymmetric_loss)
 LR_PER_256 = 0.03  # learning rate for a batch of 256; it scales linearly (appendix D)
-PARTS = ("step", "metrics", "seconds", "time", "model", "optimizer", "scaler")  # of a checkpoint
 MAY_CHANGE = (  # in a resumed run; any other setting makes another run
     "data_root", "exp_dir", "trial", "eval_freq", "save_freq", "tensorboard", "compile", "deterministic", "untrained",
 )
@@ -231,7 +229,7 @@ def diverged(args, run, what):
 
 def set_up(parser, args, argv):
     """Everything that can fail because of the user's input: settings, device, data, model, folder, state."""
-    args, folder, state = find_run(parser, args, argv, CHECKPOINT, PARTS, MAY_CHANGE)
+    args, folder, state = find_run(parser, args, argv, CHECKPOINT, MAY_CHANGE)
     device = select_device(args.gpu)
     args.precision = select_precision(args.precision, device)
     if args.predictor != "learned" and args.fix_pred_lr:

@@ -5,10 +5,9 @@
     python main_lincls.py --features cached --pretrained experiments/1/backbone.pt data
 
 CHECKPOINT: backbone.pt or checkpoint.pt of main.py, or a checkpoint of other SimSiam code for CIFAR. The first command
-is the paper's protocol: SGD on random crops and flips for 100 epochs. The result is the top-1 accuracy of the last
-epoch on all test images. --features cached computes the features once, without augmentation, and fits the
-L2-regularized softmax regression by L-BFGS until it converges: no learning rate to choose, and a minute on a CPU at
-width 16.
+is the paper's protocol: SGD on random crops and flips; the result is the top-1 accuracy of the last epoch on all test
+images. --features cached computes the features once, without augmentation, and fits the L2-regularized softmax
+regression by L-BFGS until it converges: no learning rate to choose, and a minute on a CPU at width 16.
 """
 import math
 import os
@@ -16,7 +15,6 @@ import shlex
 import time
 
 import utils  # noqa: F401 (before torch)
-
 import torch
 import torch.nn.functional as F
 
@@ -34,11 +32,9 @@ from utils.metrics import class_accuracies, confusion_matrix, top_k
 from utils.report import REPORT, draw_run
 from utils.run import EVALUATION, FORMAT, RESULTS, Run, find_run, machine, restore, start_run
 
-LR_PER_256 = 30.0                # learning rate for a batch of 256; it scales linearly
-MILESTONES = (0.6, 0.8)          # shares of the epochs after which it is divided by 10
-CACHED_WEIGHT_DECAY = 1e-4       # without any, L-BFGS does not converge
-MOST_ITERATIONS = 2000           # of L-BFGS
-PARTS = ("classifier", "optimizer", "backbone")  # of a checkpoint
+LR_PER_256 = 30.0           # learning rate for a batch of 256; it scales linearly
+MILESTONES = (0.6, 0.8)     # shares of the epochs after which it is divided by 10
+LBFGS_WEIGHT_DECAY = 1e-4   # without any, L-BFGS does not converge
 MAY_CHANGE = ("data_root", "pretrained", "exp_dir", "trial", "tensorboard", "compile")  # in a resumed evaluation
 
 
@@ -135,7 +131,7 @@ def fit_lbfgs(classifier, features, labels, weight_decay, check=lambda: None):
         loss.backward()
         return loss
 
-    for iterations in bar(range(20, MOST_ITERATIONS + 1, 20), desc="L-BFGS", leave=False):
+    for iterations in bar(range(20, 2001, 20), desc="L-BFGS", leave=False):
         check()
         optimizer.step(objective)
         if max(weight.grad.abs().max(), bias.grad.abs().max()) < 1e-6:
@@ -149,12 +145,11 @@ def fit_lbfgs(classifier, features, labels, weight_decay, check=lambda: None):
     return loss, iterations
 
 
+@torch.no_grad()
 def test(classifier, features, labels):
     """Test accuracies for the log: top-1, and top-5 if there are more than 5 classes, in percent."""
-    with torch.no_grad():
-        logits = classifier(features)
-    record = {"test_top1": top_k(logits, labels, 1)}
-    return record | ({"test_top5": top_k(logits, labels, 5)} if logits.shape[1] > 5 else {})
+    logits = classifier(features)
+    return {f"test_top{k}": top_k(logits, labels, k) for k in (1, 5) if k < logits.shape[1]}
 
 
 def evaluate(args, device, data, backbone, classifier, optimizer, run, state, stop):
@@ -236,7 +231,7 @@ def set_up(parser, args, argv):
     """Everything that can fail because of the user's input: settings, device, data, backbone, folder, state."""
     if args.resume is not None and args.evaluate is not None:
         raise ValueError("--evaluate trains nothing that could be resumed")
-    args, folder, state = find_run(parser, args, argv, EVALUATION, PARTS, MAY_CHANGE)
+    args, folder, state = find_run(parser, args, argv, EVALUATION, MAY_CHANGE)
     if args.pretrained is None:
         raise ValueError("--pretrained CHECKPOINT is required: the backbone to evaluate")
     device = select_device(args.gpu)
@@ -244,7 +239,7 @@ def set_up(parser, args, argv):
     backbone = simsiam.load_backbone(
         checkpoint.load(args.pretrained), args.arch, args.width, not args.quiet, args.pretrained).requires_grad_(False)
     args.backbone = checkpoint.digest(backbone.state_dict())
-    if state is not None and state["backbone"] != args.backbone:
+    if state is not None and state.get("backbone") != args.backbone:
         raise ValueError(f"--pretrained {args.pretrained}: not the backbone that {folder} evaluates")
     data = load_dataset(args.dataset, args.data_root, device, args.train_size, args.test_size)
     args.num_cls = args.num_cls or len(data.classes)
@@ -252,7 +247,7 @@ def set_up(parser, args, argv):
         raise ValueError(f"--num_cls {args.num_cls}: {args.dataset} has {len(data.classes)} classes")
     args.lr = LR_PER_256 * args.batch_size / 256 if args.lr is None else args.lr
     if args.weight_decay is None:
-        args.weight_decay = CACHED_WEIGHT_DECAY if args.features == "cached" else 0.0
+        args.weight_decay = LBFGS_WEIGHT_DECAY if args.features == "cached" else 0.0
     if args.features == "cached" and args.weight_decay == 0:
         raise ValueError("--weight_decay 0: without a penalty L-BFGS does not converge")
     if args.fraction < 1:

@@ -3,14 +3,13 @@
     python visualize.py --pretrained experiments/1 data
     python visualize.py --pretrained CHECKPOINT --output figures data
 
-Writes neighbors.png (nearest training images of a dozen test images), map.png (test features in two dimensions: t-SNE
-if scikit-learn is installed, else principal components), knn-confusion.png, spectrum.png and features.json (kNN,
-alignment, uniformity, effective rank; of the initial weights too if the run has them). Width 16: minutes on a CPU.
+Writes neighbors.png (nearest training images of a dozen test images), map.png (test features by t-SNE if scikit-learn
+is installed, else by principal components), knn-confusion.png, spectrum.png and features.json (kNN, alignment,
+uniformity, effective rank; of the initial weights too if the run has them). Width 16: minutes on a CPU.
 """
 import os
 
 import utils  # noqa: F401 (before torch)
-
 import numpy
 import torch
 import torch.nn.functional as F
@@ -29,6 +28,7 @@ from utils.report import write_report
 from utils.run import BACKBONE, CONFIG, UNTRAINED, read_config
 
 QUERIES, NEIGHBORS = 12, 6  # of neighbors.png
+FILES = {"trained": BACKBONE, "untrained": UNTRAINED}
 
 
 def make_parser():
@@ -49,9 +49,8 @@ def find_files(parser, args, argv):
         settings = read_config(args.pretrained)["settings"]
         names = ("arch", "dataset", "data_root", "train_size", "test_size")
         parser.set_defaults(output=args.pretrained, **{name: settings[name] for name in names})
-        files = {"trained": os.path.join(args.pretrained, BACKBONE)}
-        untrained = os.path.join(args.pretrained, UNTRAINED)
-        return parser.parse_args(argv), files | ({"untrained": untrained} if os.path.exists(untrained) else {})
+        paths = {name: os.path.join(args.pretrained, file) for name, file in FILES.items()}
+        return parser.parse_args(argv), {name: path for name, path in paths.items() if os.path.exists(path)}
     if args.output is None:
         raise ValueError("--output DIR is required if --pretrained is a file")
     return args, {"trained": args.pretrained}
@@ -97,7 +96,6 @@ def plot_neighbors(folder, data, similarities, indices):
             for axes, (image, label, similarity) in zip(row, images):
                 same = label == images[0][1]
                 axes.set_axis_on()
-                axes.grid(False)
                 axes.imshow(image.permute(1, 2, 0).cpu().numpy())
                 axes.spines[:].set(visible=similarity is not None, linewidth=1.8, color=COLORS[0 if same else 1],
                                    linestyle="-" if same else "--")
@@ -155,7 +153,7 @@ def main(argv=None):
             backbone = simsiam.load_backbone(checkpoint.load(path), args.arch, verbose=not args.quiet, name=path)
             backbone.to(device, memory_format=torch.channels_last)
             numbers[name], spectra[name], unit, similarities, indices, predicted = measure(backbone, data, args, device)
-            info(f"{name}: {', '.join(f'{key} {value:.4g}' for key, value in numbers[name].items())}")
+            info(f"{name}: {numbers[name]}")
             if name == "trained":
                 plot_neighbors(args.output, data, similarities, indices)
                 plot_map(args.output, unit.cpu(), data.test_labels.cpu(), data.classes)

@@ -26,8 +26,7 @@ from utils.shapes import draw_shapes
 
 def load_images(data_root):
     """Training images, uint8 [N, 32, 32, 3]: CIFAR-10 if data_root has it, else the built-in shapes."""
-    has_cifar = os.path.isdir(os.path.join(data_root, CIFAR10.base_folder))
-    return CIFAR10(data_root).data if has_cifar else draw_shapes(10_000, 0)[0]
+    return CIFAR10(data_root).data if os.path.isdir(f"{data_root}/cifar-10-batches-py") else draw_shapes(10_000, 0)[0]
 
 
 class TwoViews:

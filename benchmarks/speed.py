@@ -4,11 +4,9 @@
     python benchmarks/speed.py --what end_to_end --precision bf16 --json speed.json
     python benchmarks/speed.py --profile profile.txt
 
-end_to_end  views per second of training: main.py's second epoch, and as many steps of plain.py after a warm-up
-views       views per second of the augmentation alone
-
-Default: width 64 with batch 512 on a GPU; on a CPU width 16 with batch 512 and width 64 with batch 32, about five
-minutes on two idle cores. The two programs take turns. Figures are medians, with the lowest and the highest.
+end_to_end: training, main.py's second epoch against as many steps of plain.py. views: the augmentation alone. Default:
+width 64, batch 512 on a GPU; width 16, batch 512 and width 64, batch 32 on a CPU, about four minutes on two idle cores.
+The two programs take turns. Figures are medians, with the lowest and the highest.
 """
 import json
 import os
@@ -23,8 +21,6 @@ from statistics import median
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 ENVIRONMENT = dict(os.environ)  # for plain.py, without what utils adds
-
-import utils  # noqa: F401 (before torch)
 
 import torch
 import torchvision

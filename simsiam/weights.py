@@ -14,7 +14,6 @@ IMAGENET = "0.485 0.456 0.406 and std 0.229 0.224 0.225"
 
 class Origin(NamedTuple):
     """Whose layout a checkpoint has, and what its network does differently."""
-
     name: str
     normalization: str = ""  # mean and std of the images there, where they differ from this project's
     stem_padding: int = 1

@@ -27,7 +27,6 @@ CPU_CHUNK = 512                                   # images at a time on the CPU:
 
 class Draws(NamedTuple):
     """The random numbers of n views; every tensor has n rows."""
-
     top: torch.Tensor      # int64 [n]: first row of the crop
     left: torch.Tensor     # int64 [n]: first column of the crop
     height: torch.Tensor   # int64 [n]

@@ -1,4 +1,5 @@
 """Files that are whole or absent: checkpoints, written atomically and read without running code, and JSON."""
+import contextlib
 import hashlib
 import io
 import json
@@ -70,17 +71,11 @@ def load(path):
     except Exception as error:  # of any type: torch.load parses arbitrary bytes
         reason = "truncated or damaged" if content.getbuffer().nbytes else "the file is empty"
         if is_zip and isinstance(error, pickle.UnpicklingError):
-            reason = f"it holds pickled code{needed_globals(content)}, which is not run; save its state_dict alone"
+            content.seek(0)
+            with contextlib.suppress(Exception):  # as above
+                needed = torch.serialization.get_unsafe_globals_in_checkpoint(content)
+                reason = f"it holds pickled code ({', '.join(needed[:3])}), which is not run; save its state_dict alone"
         raise ValueError(f"{path!r} cannot be read as a checkpoint: {reason}") from error
-
-
-def needed_globals(content):
-    """' (name, name)': the code that a file of torch.save refers to; '' if that cannot be found out."""
-    content.seek(0)
-    try:
-        return f" ({', '.join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(content))[:3])})"
-    except Exception:  # of any type, as in load
-        return ""
 
 
 def digest(tensors):

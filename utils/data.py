@@ -14,12 +14,10 @@ CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 DATASETS = (*CIFAR, "shapes")
 SHAPES_TRAIN, SHAPES_TEST = 10_000, 2_000  # default sizes
 SHAPES_TRAIN_SEED, SHAPES_TEST_SEED = 0, 1
-DEVICE_SHARE = 0.5                         # of a GPU's free memory may hold images; larger data sets stay on the host
 
 
 class Dataset(NamedTuple):
     """Images and labels of both splits, on the device; images that do not fit there stay on the host."""
-
     train_images: torch.Tensor  # uint8 [N, 3, H, W]
     train_labels: torch.Tensor  # int64 [N]
     test_images: torch.Tensor
@@ -41,9 +39,14 @@ def load_dataset(name, root, device, train_size=None, test_size=None):
         classes = cifar[0].classes
     else:
         raise ValueError(f"unknown data set {name!r}; choose from {', '.join(DATASETS)}")
-    train, train_labels = first_images(*splits[0], train_size, "train")
-    test, test_labels = first_images(*splits[1], test_size, "test")
-    fits = device.type != "cuda" or train.nbytes + test.nbytes <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+    tensors = []
+    for (images, labels), size, split in zip(splits, (train_size, test_size), ("train", "test")):
+        if size is not None and size > len(images):
+            raise ValueError(f"--{split}_size {size}: the {split} split has {len(images)} images")
+        tensors.append(torch.from_numpy(images[:size]).permute(0, 3, 1, 2).contiguous())
+        tensors.append(torch.as_tensor(labels[:size], dtype=torch.int64))
+    train, train_labels, test, test_labels = tensors
+    fits = device.type != "cuda" or train.nbytes + test.nbytes <= torch.cuda.mem_get_info(device)[0] / 2
     home = device if fits else torch.device("cpu")
     return Dataset(train.to(home), train_labels.to(device), test.to(home), test_labels.to(device), classes)
 
@@ -58,14 +61,6 @@ def open_cifar(name, root):
             os.rmdir(root)
         raise OSError(f"{root!r} has no intact {CIFAR[name].base_folder}, and the download failed ({error}); point "
                       "--data_root (main_lincls.py: DIR) at a copy, or try --dataset shapes") from error
-
-
-def first_images(images, labels, size, split):
-    """The first `size` images (None: all) of a split, numpy HWC, as host tensors."""
-    if size is not None and size > len(images):
-        raise ValueError(f"--{split}_size {size}: the {split} split has {len(images)} images")
-    images = torch.from_numpy(images[:size]).permute(0, 3, 1, 2).contiguous()
-    return images, torch.as_tensor(labels[:size], dtype=torch.int64)
 
 
 def load_folder(folder, size):

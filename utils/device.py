@@ -42,11 +42,9 @@ def autocast(device, precision):
 
 
 def memory_layout(device, width, batch_size):
-    """The memory format for training: channels_last, except where torch's CPU kernels corrupt memory in it.
-
-    In torch 2.14 and 2.15 the weight gradient of a 1x1 convolution with stride 2 does so with fewer channels than a
-    vector register holds: 8 with AVX2 (any batch), 16 with AVX-512 (odd batches on several threads).
-    """
+    """The memory format for training: channels_last, except where it makes torch's CPU kernels corrupt memory: in 2.14
+    and 2.15 the weight gradient of a 1x1 convolution with stride 2 and fewer channels than a vector register holds, 8
+    with AVX2 (any batch), 16 with AVX-512 (odd batches on several threads)."""
     crashes = device.type == "cpu" and (width < 8 or width < 16 and batch_size % 2 == 1)
     return torch.contiguous_format if crashes else torch.channels_last
 
@@ -65,11 +63,9 @@ def describe(device):
 
 
 def prepare_cpu():
-    """Limit threads to a container's CPU quota, unless OMP_NUM_THREADS is set, and make glibc keep freed memory.
-
-    A step frees and allocates all its activations; by default each page goes back to the system and comes back zeroed.
-    Keeping them is up to a fifth faster and leaves more holes in the heap. Any MALLOC_ variable switches it off.
-    """
+    """Limit threads to a container's CPU quota, unless OMP_NUM_THREADS is set, and make glibc keep freed memory, unless
+    a MALLOC_ variable is set: else the pages of all activations go back to the system in each step and return zeroed.
+    Keeping them is up to a fifth faster and leaves more holes in the heap."""
     try:
         with open(CPU_QUOTA) as file:
             quota, period = map(int, file.read().split())

@@ -89,10 +89,10 @@ def summarize(folder):
 
 def table(folders):
     """The last figures of runs as a Markdown table. Raises OSError and ValueError for a folder without a log."""
-    rows = {os.path.basename(os.path.normpath(folder)): summarize(folder) for folder in folders}
-    keys = list(dict.fromkeys(key for row in rows.values() for key in row))
-    lines = [["run", *keys], ["---"] * (len(keys) + 1)]
-    for name, row in rows.items():
-        cells = [f"{row[key]:.2f}" if isinstance(row.get(key), float) else str(row.get(key, "–")) for key in keys]
-        lines.append([name, *cells])
+    rows = [{"run": os.path.basename(os.path.normpath(folder)), **summarize(folder)} for folder in folders]
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [keys, ["---"] * len(keys)]
+    for row in rows:
+        cells = (row.get(key, "–") for key in keys)
+        lines.append([f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -8,9 +8,9 @@ Runs whose folder names differ only in a final seedN are drawn as their mean wit
 import contextlib
 import os
 import re
+import warnings
 
 import numpy
-import torch
 from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -20,7 +20,7 @@ from utils import log
 from utils.augment import denormalize
 from utils.cli import Parser
 from utils.metrics import collapse_std
-from utils.run import RESULTS, checkpoint, read_config
+from utils.run import read_config
 
 # Okabe and Ito's palette, for any color vision, in an order whose neighbors differ in lightness too.
 COLORS = ("#0072b2", "#d55e00", "#56b4e9", "#000000", "#009e73", "#e69f00", "#cc79a7")
@@ -28,7 +28,7 @@ GRAY = "0.45"
 STYLE = {
     "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
     "legend.fontsize": 8, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True, "lines.linewidth": 1.6, "savefig.dpi": 200,
+    "grid.color": "0.9", "axes.axisbelow": True, "lines.linewidth": 1.6, "savefig.dpi": 200,
 }
 PAPER = {"knn200": 90.0, "test_top1": 91.8}  # CIFAR-10, width 64, 800 epochs; kNN read off Fig. D.1
 
@@ -44,7 +44,8 @@ FIGURES = {
 @contextlib.contextmanager
 def figure(folder, name, width=4.2, height=3.0, layout="constrained"):
     """A figure (inches) to draw into, saved as folder/name.png at the end. Raises OSError."""
-    with style.context(["default", STYLE]):
+    with style.context(["default", STYLE]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a folder's name may be in any script
         drawn = Figure(figsize=(width, height), layout=layout)
         yield drawn
         drawn.savefig(os.path.join(folder, f"{name}.png"))
@@ -56,7 +57,7 @@ def group_seeds(runs):
     for folder, records in runs.items():
         name = os.path.basename(os.path.abspath(folder))
         name = (re.sub(r"[-_]?seed\d+(?=-linear$|$)", "", name) or name).encode(errors="backslashreplace").decode()
-        label = "".join(letter if letter.isprintable() else "?" for letter in name[:40]).replace("$", r"\$")
+        label = "".join(letter if letter.isprintable() else "?" for letter in name[:40]).replace("$", r"\$").lstrip("_")
         groups.setdefault(label, []).append(records)
     return groups
 
@@ -67,6 +68,7 @@ def curve(axes, runs, key, **look):
     epochs = sorted(set.intersection(*map(set, values)))
     columns = numpy.array([[of_run[epoch] for epoch in epochs] for of_run in values])   # [runs, epochs]
     mean = columns.mean(axis=0)
+    axes.grid(True)
     axes.plot(epochs, mean, marker="o" if len(epochs) <= 30 else None, markersize=3, **look)
     if len(runs) > 1:
         std = columns.std(axis=0, ddof=1)
@@ -108,8 +110,7 @@ def plot_runs(folders, output):
             axes = drawing.subplots()
             for i, (label, group) in enumerate(groups.items()):
                 for j, key in enumerate(keys):
-                    color = COLORS[(i + j) % len(COLORS)]
-                    curve(axes, group, key, color=color, linestyle=("-", "--")[j % 2],
+                    curve(axes, group, key, color=COLORS[(i + j) % len(COLORS)], linestyle=("-", "--")[j % 2],
                           label=words[key] if len(groups) == 1 else label)
             mark_levels(axes, name, keys, settings)
             axes.set(xlabel="epoch", ylabel=ylabel, title=words[keys[0]] if len(groups) > 1 else next(iter(groups)))
@@ -120,30 +121,18 @@ def plot_runs(folders, output):
                 axes.legend()
 
 
-def plot_run(folder):
-    """Draw all figures of one run into its own folder."""
-    if log.read(folder, empty=True):
-        plot_runs([folder], folder)
-    path = os.path.join(folder, RESULTS)
-    if os.path.exists(path):
-        results = checkpoint.read_json(path)
-        plot_confusion(folder, torch.tensor(results["confusion"]), list(results["class_top1"]))
-
-
 def plot_confusion(folder, confusion, classes, name="confusion"):
     """Draw which classes are taken for which. confusion: counts int64 [C, C], true classes in rows."""
     shares = (100 * confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
-    named = len(classes) <= 20  # more have no room for their names
-    with figure(folder, name, *((4.6, 4.2) if named else (6.0, 5.4))) as drawing:
+    with figure(folder, name, 4.6, 4.2) as drawing:
         axes = drawing.subplots()
-        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100 if named else max(1, shares.max()))
-        axes.grid(False)
-        if named:
+        image = axes.imshow(shares, cmap="Blues", vmin=0)
+        if len(classes) <= 20:  # more have no room for their names
             axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right", rotation_mode="anchor")
             axes.set_yticks(range(len(classes)), classes)
             for (row, column), share in numpy.ndenumerate(shares):
                 axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=7.5,
-                          color="white" if share > 55 else "black")
+                          color="white" if share > shares.max() / 2 else "black")
         axes.set(xlabel="predicted class", ylabel="true class")
         drawing.colorbar(image, label="% of the true class", shrink=0.8)
 
@@ -169,8 +158,6 @@ def plot_views(folder, images, views1, views2, draws1, draws2, columns=6):
                 axes.imshow(denormalize(views[row][column:column + 1])[0].permute(1, 2, 0).cpu().numpy())
                 axes.spines[:].set(visible=True, color=COLORS[row], linewidth=2)
                 axes.set_xlabel("\n".join(filter(None, words)), loc="left", fontsize=7)
-        for axes in grid.flat:
-            axes.grid(False)
 
 
 def main(argv=None):

@@ -4,6 +4,8 @@ import html
 import os
 import shlex
 
+import torch
+
 from utils import checkpoint, log, plot
 from utils.run import BACKBONE, RESULTS, read_config
 
@@ -94,5 +96,10 @@ def write_report(folder):
 
 def draw_run(folder):
     """Draw the figures of a run, as far as it has come, and write its report."""
-    plot.plot_run(folder)
+    path = os.path.join(folder, RESULTS)
+    if log.size(folder):
+        plot.plot_runs([folder], folder)
+    if os.path.exists(path):
+        results = checkpoint.read_json(path)
+        plot.plot_confusion(folder, torch.tensor(results["confusion"]), list(results["class_top1"]))
     write_report(folder)

@@ -49,18 +49,18 @@ def new_folder(exp_dir, trial=None):
 
 def git_commit():
     """The commit of the running code, with '-dirty' if tracked files differ; None outside git."""
-    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty",
-               "--abbrev=40", "--exclude=*"]
+    command = "git describe --always --dirty --abbrev=40 --exclude=*".split()
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        here = os.path.dirname(__file__)
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def write_config(folder, settings, device):
     """Write config.json: argv, all settings, commit, date, device, versions."""
-    versions = {"python": platform.python_version(), "cuda": torch.version.cuda if device.type == "cuda" else None}
-    versions |= {package.__name__: package.__version__ for package in (torch, torchvision, numpy)}
+    versions = {package.__name__: package.__version__ for package in (torch, torchvision, numpy)}
+    versions |= {"python": platform.python_version(), "cuda": torch.version.cuda if device.type == "cuda" else None}
     checkpoint.write_json(os.path.join(folder, CONFIG), {
         "argv": sys.argv, "settings": settings, "commit": git_commit(), "date": datetime.date.today().isoformat(),
         "device": describe(device), "versions": versions,
@@ -75,11 +75,11 @@ def read_config(folder):
     return config
 
 
-def find_run(parser, args, argv, name, parts, may_change):
+def find_run(parser, args, argv, name, may_change):
     """What --resume means: the settings, the folder, and the state in its checkpoint; None for a new run.
 
-    args: the settings typed, argv their words. name: of the checkpoint file. parts: its keys. may_change: settings that
-    a resumed run may change. A damaged checkpoint that 'auto' finds is replaced by the previous one, with a warning.
+    args: the settings typed, argv their words. name: of the checkpoint file. may_change: settings that a resumed run
+    may change. A damaged checkpoint that 'auto' finds is replaced by the previous one, with a warning.
     Raises ValueError and OSError for what cannot be resumed.
     """
     auto = args.resume == "auto"
@@ -94,11 +94,11 @@ def find_run(parser, args, argv, name, parts, may_change):
             raise ValueError(f"{folder} exists and has no checkpoint to resume; choose another --trial")
         return args, folder, None  # killed before its first checkpoint
     try:
-        state = load_state(path, parts)
+        state = load_state(path)
     except (ValueError, OSError) as error:
         if not (auto and os.path.exists(previous)):
             raise
-        state = load_state(previous, parts)
+        state = load_state(previous)
         warn(f"{error}; resuming from {previous}, epoch {state['epoch']}")
     return resumed_args(parser, argv, state, may_change), os.path.dirname(path) or ".", state
 
@@ -114,23 +114,19 @@ def find_folder(name, args):
     return None
 
 
-def load_state(path, parts):
-    """Load a checkpoint with these parts. Raises ValueError if it is another file, or of another version."""
+def load_state(path):
+    """Load a checkpoint. Raises ValueError if it is another file, or of another version."""
     state = checkpoint.load(path)
     if not (isinstance(state, dict) and isinstance(state.get("config"), dict)):
         raise ValueError(f"{path}: not a checkpoint to resume")
     if state.get("format") != FORMAT:
         raise ValueError(f"{path}: written by another version of this code (format {state.get('format')}, not "
                          f"{FORMAT}); config.json beside it names the commit")
-    missing = {"epoch", "machine", *parts} - state.keys()
-    if missing:
-        raise ValueError(f"{path}: not a checkpoint of this script, it has no {', '.join(sorted(missing))}")
     return state | {"path": path}
 
 
 def resumed_args(parser, argv, state, may_change):
-    """The settings of a resumed run: the checkpoint's, and what is typed again of those that `may_change`. Raises
-    ValueError for any other setting that is typed with another value."""
+    """The settings of a resumed run: the checkpoint's, and what is typed. Raises ValueError for one that may not change."""
     saved = {name: value for name, value in state["config"].items() if name not in PROCESS}
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
@@ -143,8 +139,7 @@ def resumed_args(parser, argv, state, may_change):
 
 
 def restore(state, device, **loaders):
-    """Pass each part of a checkpoint to its loader, and warn if it was written elsewhere. Raises ValueError that names
-    file and part if one does not fit."""
+    """Pass each part of a checkpoint to its loader; warn if it was written elsewhere. Raises ValueError for a bad part."""
     for part, load in loaders.items():
         try:
             load(state[part])
@@ -238,7 +233,7 @@ def lock(folder):
     except BlockingIOError:
         raise ValueError(f"{folder}: another process is working on this run") from None
     except OSError as error:  # some network file systems have no locks
-        warn(f"{folder} cannot be locked ({error.strerror}); make sure that no other process resumes this run")
+        warn(f"{folder} cannot be locked ({error.strerror})")
     return file
 
 

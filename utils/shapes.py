@@ -87,8 +87,7 @@ def draw_chunk(rng):
         cover[rows] = np.clip(0.5 - figure(u[rows], v[rows]) * radius[rows], 0, 1)
     sign = 1 - 2 * ((row + column) % 2)
     color = np.float32(GROUND) + (sign * cover)[..., None] * np.float32(CONTRAST)
-    noise = NOISE * rng.standard_normal((CHUNK, SIZE, SIZE, 3), np.float32)
-    images = color + noise
+    images = color + NOISE * rng.standard_normal((CHUNK, SIZE, SIZE, 3), np.float32)
     return np.clip(np.rint(images * 255), 0, 255).astype(np.uint8), labels
 
 
@@ -99,9 +98,8 @@ def draw_shapes(n, seed):
     labels = np.empty(n, np.int64)
     def fill(i):
         rows = slice(i * CHUNK, min(n, (i + 1) * CHUNK))
-        chunk_images, chunk_labels = draw_chunk(np.random.default_rng((seed, i)))
-        images[rows] = chunk_images[:rows.stop - rows.start]
-        labels[rows] = chunk_labels[:rows.stop - rows.start]
+        drawn = draw_chunk(np.random.default_rng((seed, i)))
+        images[rows], labels[rows] = (each[:rows.stop - rows.start] for each in drawn)
     chunks = range(math.ceil(n / CHUNK))
     with ThreadPool(os.cpu_count()) as pool:  # numpy releases the global lock
         list(bar(pool.imap_unordered(fill, chunks), desc="shapes", total=len(chunks), leave=False, delay=2))
