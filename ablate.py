@@ -119,10 +119,10 @@ def table(results):
         knn, std, loss = ({seed: log.last(records, key) for seed, records in runs.items()}
                           for key in ("knn200", "std", "loss"))
         difference = [knn[seed] - log.last(reference[seed], "knn200") for seed in knn if seed in reference]
-        collapsed = std and statistics.fmean(std.values()) < collapse_std(settings["batch_size"], settings["head_bn"])
+        least = collapse_std(settings["batch_size"], settings.get("head_bn", "default"))
         lines.append([name, paper, mean_and_std(knn.values(), ".2f"),
                       mean_and_std(difference if name != "default" else (), ".2f"),
-                      mean_and_std(std.values(), ".3f") + " (collapsed)" * bool(collapsed),
+                      mean_and_std(std.values(), ".3f") + " (collapsed)" * (statistics.fmean(std.values()) < least),
                       mean_and_std(loss.values(), ".3f"), str(len(runs))])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

@@ -126,7 +126,7 @@ def load_state(path):
 
 
 def resumed_args(parser, argv, state, may_change):
-    """The settings of a resumed run: the checkpoint's, and what is typed. Raises ValueError for one that may not change."""
+    """Settings of a resumed run: the checkpoint's, and what is typed. Raises ValueError for one that may not change."""
     saved = {name: value for name, value in state["config"].items() if name not in PROCESS}
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
@@ -139,7 +139,7 @@ def resumed_args(parser, argv, state, may_change):
 
 
 def restore(state, device, **loaders):
-    """Pass each part of a checkpoint to its loader; warn if it was written elsewhere. Raises ValueError for a bad part."""
+    """Pass each part of a checkpoint to its loader; warn if it is from elsewhere. Raises ValueError for a bad part."""
     for part, load in loaders.items():
         try:
             load(state[part])
