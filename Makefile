@@ -1,6 +1,5 @@
 # make demo        pre-train on the built-in shapes and evaluate, in minutes on any device
-# make test        run the tests, except the slow ones
-# make test-all    run all tests
+# make test        run the tests, except the slow ones; make test-slow runs these, make test-all both
 # make reproduce   run reproduce.sh; ARGS="--seeds 3" passes its options
 # make clean       remove the virtual environment
 .DEFAULT_GOAL := demo
@@ -26,8 +25,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal -m "not slow" tests
 
-test-all: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal tests
+test-slow: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal -m slow tests
+
+test-all: test test-slow
 
 reproduce: $(VENV)/.installed
 	PYTHON=$(abspath $(RUN)) bash reproduce.sh $(ARGS)
@@ -35,4 +36,4 @@ reproduce: $(VENV)/.installed
 clean:
 	rm -rf $(VENV)
 
-.PHONY: demo test test-all reproduce clean
+.PHONY: demo test test-slow test-all reproduce clean
