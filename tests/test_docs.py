@@ -1,0 +1,144 @@
+"""The documents against the code: commands, code blocks and numbers; and the layout of the code."""
+import ast
+import json
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+
+import pytest
+
+import ablate
+import export
+import main as pretraining
+import main_lincls
+import visualize
+from benchmarks import speed
+from conftest import REPO
+from utils import log, plot
+
+DOCUMENTS = [REPO / "README.md", REPO / "logs" / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+COMMAND = r"(?:python|make|bash|pip|tensorboard) "
+PARSERS = {"main.py": pretraining, "main_lincls.py": main_lincls, "export.py": export, "visualize.py": visualize}
+
+
+def commands_in(text):
+    """The commands in fenced or indented lines, and between backticks."""
+    text = text.replace("\\\n", " ")
+    lines = [line for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    lines += re.findall(r"^    (\S.*)$", text, re.MULTILINE)
+    lines += [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`", text)]
+    return [shlex.split(line, comments=True) for line in lines if re.match(COMMAND, line)]
+
+
+def check_python(name, args, monkeypatch):
+    """Parse the arguments of a script as it parses them itself."""
+    if name in PARSERS:
+        PARSERS[name].make_parser().parse_args(args)
+    elif name == "ablate.py":
+        _, rest = ablate.make_parser().parse_known_args(args)
+        pretraining.make_parser().parse_args(rest)
+    else:  # their parsers are in main, which goes on to the function that is replaced
+        module, owner, function = {"utils.plot": (plot, log, "table"), "benchmarks/speed.py": (
+            speed, speed, "select_device")}[name]
+        monkeypatch.setattr(owner, function, lambda *args: sys.exit(77))
+        with pytest.raises(SystemExit) as stop:
+            module.main(args)
+        assert stop.value.code == 77, (name, args)
+
+
+def test_documented_commands_are_accepted_by_the_real_parsers(monkeypatch):
+    texts = [path.read_text() for path in DOCUMENTS] + [
+        module.__doc__ for module in (pretraining, main_lincls, export, visualize, ablate, plot, speed)]
+    targets = re.findall(r"^([\w-]+):", (REPO / "Makefile").read_text(), re.MULTILINE)
+    seen = set()
+    for program, *args in (command for text in texts for command in commands_in(text)):
+        seen.add(program)
+        if program == "make":
+            assert args[0] in targets, args
+        elif program == "bash":
+            assert (REPO / args[0]).exists(), args
+            options = re.findall(r"^    (--\w+)\)", (REPO / "reproduce.sh").read_text(), re.MULTILINE)
+            assert {arg for arg in args if arg.startswith("--")} <= {*options, "--help"}, args
+        elif program == "python":
+            name, *args = args[1:] if args[0] == "-m" else args
+            seen.add(name)
+            if "--help" not in args:
+                check_python(name, args, monkeypatch)
+    assert seen >= {"make", "bash", "pip", "ablate.py", "utils.plot", "benchmarks/speed.py", *PARSERS}
+
+
+def test_the_pythons_blocks_run(tmp_path, finished_run):
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "1").symlink_to(finished_run)
+    for name in ("hubconf.py", "simsiam", "utils", "weights"):
+        (tmp_path / name).symlink_to(REPO / name)
+    blocks = [block for path in DOCUMENTS for block in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)]
+    code = "import numpy\nnumpy.load = lambda path: {}\n" + "\n".join(blocks)  # what a documented command would write
+    assert len(blocks) >= 2
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+def test_links_lead_to_files():
+    for path in DOCUMENTS:
+        for link in re.findall(r"\]\(([^)#\s]+)", path.read_text()):
+            assert link.startswith("https://") or (path.parent / link).exists(), (path.name, link)
+
+
+def last_of(name, key):
+    return log.last(log.read(str(REPO / "logs" / name)), key)
+
+
+def test_the_readmes_numbers_are_those_of_the_logs():
+    """The results table from log.jsonl, and the table of weights from the .json beside them."""
+    text = (REPO / "README.md").read_text()
+
+    def cell(values):
+        std = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):.2f}{std}"
+
+    for row, runs in {"24": ["cifar10-w16-24ep"], "12": ["cifar10-w16-12ep", "cifar10-w16-12ep-seed1"]}.items():
+        knn, linear = ([last_of(run + end, key) for run in runs] for end, key in (("", "knn200"), ("-linear", "test_top1")))
+        assert f"| {row} | {len(runs)} | {cell(knn)} | {cell(linear)} (cached features) |" in text
+    knn = [log.read(str(REPO / "logs" / run))[0]["knn200"] for run in runs]
+    linear = [last_of(f"{run}-linear-untrained", "test_top1") for run in runs]
+    assert f"| 0 | 2 | {cell(knn)} | {cell(linear)} (cached features) |" in text
+    about = json.loads((REPO / "weights" / "simsiam_resnet18_w16_cifar10.json").read_text())
+    lbfgs = last_of("cifar10-w16-12ep-cached", "test_top1")
+    figures = f"{about['accuracies']['knn200']:.2f} | {about['accuracies']['linear']:.2f} (SGD), {lbfgs:.2f} (L-BFGS)"
+    assert f"12 epochs, seed 0 | {figures} | {about['bytes'] / 1e6:.1f} MB |" in text
+    assert f"gives {lbfgs:.2f} % where SGD gives {about['accuracies']['linear']:.2f} %" in text
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+def test_imports_go_one_way():
+    """simsiam imports torch only; simsiam and utils do not import each other; nothing imports a script."""
+    for path in (REPO / "simsiam").glob("*.py"):
+        assert set(imported(path)) <= {"torch", "simsiam"} | sys.stdlib_module_names, path
+    assert set(imported(REPO / "hubconf.py")) <= {"simsiam"} | sys.stdlib_module_names
+    third_party = {"torch", "torchvision", "numpy", "tqdm", "matplotlib"}
+    for path in (REPO / "utils").glob("*.py"):
+        assert set(imported(path)) <= third_party | {"utils"} | sys.stdlib_module_names, path
+    for path in (*REPO.glob("*.py"), *(REPO / "benchmarks").glob("*.py")):
+        assert not {"main", "main_lincls", "ablate", "export", "visualize"} & set(imported(path)), path
+
+
+def test_the_code_stays_readable():
+    """No line over 120 characters, no file over 330 lines, no function over 60; documents within their lengths."""
+    for path in [*REPO.glob("*.py"), *REPO.glob("*.sh")] + [
+            path for folder in ("simsiam", "utils", "benchmarks") for path in (REPO / folder).glob("*.[ps][yh]")]:
+        lines = path.read_text().splitlines()
+        assert len(lines) <= 330 and max(map(len, [*lines, ""])) <= 120, path
+        for node in ast.walk(ast.parse(path.read_text())) if path.suffix == ".py" else ():
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, (path, node.name)
+    assert len((REPO / "README.md").read_text().splitlines()) <= 170
+    assert all(len(path.read_text().splitlines()) <= 150 for path in (REPO / "docs").glob("*.md"))
