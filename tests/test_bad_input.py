@@ -76,7 +76,6 @@ def test_main_lincls_refuses(refused, no_gpu, finished_run, args, words):
     (export.main, "feature --pretrained a --output b", ["did you mean features?"]),
     (export.main, "check simsiam_resnet18", ["did you mean simsiam_resnet18_cifar10?"]),
     (ablate.main, "predicter", ["did you mean predictor?"]),
-    (ablate.main, "predictor --only blur", ["blur", "fixed-predictor"]),
 ])
 def test_other_scripts_refuse(refused, main, args, words):
     refused(main, args.split(), *words)
