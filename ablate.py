@@ -75,7 +75,7 @@ def run_main(options):
     process = subprocess.Popen([sys.executable, script, *options], start_new_session=True)  # Ctrl-C reaches it once
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: process.send_signal(number))
-    return process.wait()
+    return code if (code := process.wait()) >= 0 else 128 - code  # as a shell has it
 
 
 def run_variants(args, variants, rest):

@@ -78,12 +78,12 @@ def test_runs_of_several_seeds_are_a_mean_with_a_band_of_one_std(tmp_path, drawn
 
 
 @pytest.mark.parametrize("name, label", [
-    ("a $b$", r"a \$b\$"), ("\udcff", r"\udcff"), ("a\nb", "a?b"), ("日本 🎉", "日本 🎉"), ("x" * 250, "x" * 40), ("_x", "_x")])
+    ("a $b$", r"a \$b\$"), ("\udcff", r"\udcff"), ("a\nb", "a?b"), ("日本", "日本"), ("x" * 250, "x" * 40), ("_x", "x")])
 @pytest.mark.filterwarnings("error")
 def test_a_folder_of_any_name_has_figures_and_a_page(tmp_path, drawn, name, label):
     report.draw_run(write_run(tmp_path / name))
     plot.plot_runs([str(tmp_path / name), write_run(tmp_path / "other")], str(tmp_path))
-    labels = [text.get_text().strip() for text in drawn["std"].legends[0].get_texts()]
+    labels = [text.get_text() for text in drawn["std"].legends[0].get_texts()]
     assert labels == [label, "other"] and len(read_page(tmp_path / name / "report.html")[1]) == 3
 
 
@@ -105,8 +105,7 @@ def test_the_page_of_a_run_has_its_last_figures_and_the_next_command(finished_ru
     command = next(line for line in words.splitlines() if "main_lincls.py" in line)
     args = main_lincls.make_parser().parse_args(shlex.split(command)[2:])
     assert (args.pretrained, args.dataset) == (f"{finished_run}/backbone.pt", "shapes")
-    names = ("loss-plot", "top1-acc", "std", "views")
-    assert images == [Path(finished_run, f"{name}.png").read_bytes() for name in names]
+    assert images == [Path(finished_run, f"{name}.png").read_bytes() for name in "loss-plot top1-acc std views".split()]
 
 
 def test_the_page_of_an_evaluation_has_its_confusion_and_escapes_what_was_typed(tmp_path, drawn):
@@ -182,11 +181,10 @@ def test_a_collapse_is_warned_of_once_after_three_epochs():
 
 
 def test_a_table_of_logs_has_the_last_figures_of_each(tmp_path, capsys):
-    (tmp_path / "b").mkdir()
-    log.append(tmp_path / "b", [{"epoch": i, "test_top1": 60.25 - i, "seconds": 45.0} for i in (1, 2)])
-    plot.main([write_run(tmp_path / "b" / "b", 1.5), f"{tmp_path}/b/"])
+    log.append(tmp_path, [{"epoch": i, "test_top1": 60.25 - i, "seconds": 45.0} for i in (1, 2)])
+    plot.main([write_run(tmp_path / tmp_path.name, 1.5), f"{tmp_path}/"])  # both of the same name
     assert capsys.readouterr().out.splitlines() == [
         "| run | epoch | loss | std | knn1 | knn200 | minutes | device | test_top1 | best epoch |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| b | 2 | -0.30 | 0.90 | 45.00 | 60.00 | 0.00 | CPU, <1> thread | – | – |",
-        "| b | 2 | – | – | – | – | 1.50 | – | 58.25 | 59.25 |"]
+        f"| {tmp_path.name} | 2 | -0.30 | 0.90 | 45.00 | 60.00 | 0.00 | CPU, <1> thread | – | – |",
+        f"| {tmp_path.name} | 2 | – | – | – | – | 1.50 | – | 58.25 | 59.25 |"]

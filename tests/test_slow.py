@@ -1,0 +1,99 @@
+"""What takes long: real kills, random arguments, many epochs."""
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import main as pretraining
+import main_lincls
+from conftest import REPO, SMALL
+from utils import checkpoint, log
+
+pytestmark = pytest.mark.slow
+CPU_ONLY = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+
+
+def figures(folder):
+    with open(folder / "log.jsonl") as file:
+        return [{key: value for key, value in json.loads(line).items() if key in ("epoch", "loss", "std", "knn200")}
+                for line in file]
+
+
+def test_runs_killed_at_any_moment_end_as_the_one_that_is_not(tmp_path):
+    """SIGKILL at random times, of the start too: the same weights, and one log line an epoch."""
+    command = [sys.executable, "main.py", *SMALL, *"--epochs 60 --eval_freq 7 --save_freq 2".split(), "--resume", "auto",
+               "--exp_dir", str(tmp_path), "--trial"]
+    begin = time.monotonic()
+    subprocess.run([*command, "whole"], cwd=REPO, env=CPU_ONLY, check=True, stdout=subprocess.DEVNULL)
+    duration, generator, kills = time.monotonic() - begin, random.Random(0), 0
+    while kills < 8:
+        process = subprocess.Popen([*command, "killed"], cwd=REPO, env=CPU_ONLY, stdout=subprocess.DEVNULL)
+        try:
+            assert process.wait(generator.uniform(0.2, 0.8) * duration) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    subprocess.run([*command, "killed"], cwd=REPO, env=CPU_ONLY, check=True, stdout=subprocess.DEVNULL)
+    assert kills >= 1 and figures(tmp_path / "killed") == figures(tmp_path / "whole")
+    first, second = (checkpoint.load(str(tmp_path / name / "backbone.pt")) for name in ("whole", "killed"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+WORDS = ["", "0", "1", "2", "-1", "0.5", "1e9", "nan", "inf", "x", "auto", "none", "a/b", "..", "/dev/null", "é", "\n"]
+
+
+@pytest.mark.parametrize("module, train, base", [
+    (pretraining, "pretrain", [*SMALL, "--epochs", "2"]),
+    (main_lincls, "evaluate", ["--dataset", "shapes", "--train_size", "20", "--test_size", "20", "--pretrained", "{}"]),
+])
+def test_any_arguments_are_taken_or_refused_in_a_line(tmp_path, monkeypatch, no_gpu, finished_run, capsys, module, train, base):
+    """All but the training itself: exit code 2, one line and nothing written, or a run."""
+    monkeypatch.setattr(module, train, lambda *args, **options: 0)
+    monkeypatch.setattr(pretraining, "start", lambda *args: None)
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", lambda *a, **k: (_ for _ in ()).throw(
+        OSError("no network")))
+    generator, codes, parser = random.Random(0), [], module.make_parser()
+    actions = [action for action in parser._actions if action.option_strings and action.dest != "help"]
+    for i in range(150):
+        folder = tmp_path / f"case-{i}"
+        (folder / "here").mkdir(parents=True)
+        monkeypatch.chdir(folder / "here")
+        argv = [word.format(os.path.join(finished_run, "backbone.pt")) for word in base]
+        for action in generator.sample(actions, generator.randint(1, 3)):
+            values = [] if action.nargs == 0 else [generator.choice([*WORDS, *map(str, action.choices or ())])]
+            argv += [generator.choice(action.option_strings), *values * (action.nargs or 1)]
+        try:
+            code = module.main(argv)
+        except SystemExit as stop:
+            code = stop.code
+        error = capsys.readouterr().err
+        assert code in (0, 2), argv
+        codes.append(code)
+        if code == 2:
+            assert error.count("\n") == 1 and ".py: error: " in error, (argv, error)
+            assert not [path for path in folder.rglob("*") if path.is_file()], argv
+    assert min(codes.count(0), codes.count(2)) > 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_many_epochs_leave_nothing_behind(tmp_path, monkeypatch, no_gpu, no_figures):
+    """Memory and open files after 20 and after 80 epochs."""
+    seen = {}
+
+    def note(folder, records, usual=log.append):
+        usual(folder, records)
+        with open("/proc/self/statm") as file:
+            seen[records[-1]["epoch"] if records else 0] = int(file.read().split()[1]), len(os.listdir("/proc/self/fd"))
+
+    monkeypatch.setattr(log, "append", note)
+    options = ["--epochs", "80", "--eval_freq", "2", "--save_freq", "4", "--exp_dir", str(tmp_path)]
+    assert pretraining.main([*SMALL, *options]) == 0
+    (early, early_files), (late, late_files) = seen[20], seen[80]
+    assert late_files == early_files and (late - early) * os.sysconf("SC_PAGE_SIZE") < 30 * 2**20
