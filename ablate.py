@@ -66,7 +66,7 @@ def complete(options, args):
     shared = ["--epochs", str(args.epochs), "--batch_size", str(batch)]
     if args.learning_rate is not None:
         shared += ["--learning_rate", f"{args.learning_rate * batch / args.batch_size:g}"]
-    return shared + [str(max(1, args.epochs // 10)) if word == WARMUP else word for word in options]
+    return shared + [str(args.epochs // 10) if word == WARMUP else word for word in options]
 
 
 def run_main(options):
@@ -158,8 +158,9 @@ def main(argv=None):
                 if {"all", study, name} & set(args.names)}
     with parser.user_errors():
         code = 0 if args.table else run_variants(args, variants, rest)
-        if code > 1:
+        if code > 128:
             say(f"Resume with: {shlex.join(['python', 'ablate.py', *(sys.argv[1:] if argv is None else argv)])}")
+        if code > 1:
             return code
         write_tables(args.exp_dir)
     return code

@@ -21,7 +21,9 @@ import hubconf
 import simsiam
 from utils import checkpoint, log
 from utils.augment import MEAN, SIZE, STD
-from utils.cli import Parser, add_data_options, add_device_options, add_normalization, run_script, warn, whole_number
+from utils.cli import (
+    Parser, add_data_options, add_device_options, add_normalization, run_script, say, warn, whole_number,
+)
 from utils.data import DATASETS, load_dataset, load_folder
 from utils.device import autocast, describe, select_device, select_precision
 from utils.knn import extract_features, knn_accuracy
@@ -77,7 +79,7 @@ def export_features(args):
     content = io.BytesIO()
     numpy.savez(content, classes=numpy.array(classes, dtype=str), **arrays)
     checkpoint.write(args.output, content.getbuffer())
-    print(f"{args.output}: {', '.join(f'{name} {list(array.shape)}' for name, array in arrays.items())}")
+    say(f"{args.output}: {', '.join(f'{name} {list(array.shape)}' for name, array in arrays.items())}")
 
 
 def measure(backbone, classifier, linear, settings, args):
@@ -108,8 +110,10 @@ def release(args):
     if os.path.lexists(path) and checkpoint.digest(checkpoint.load(path)) != checkpoint.digest(half):
         raise ValueError(f"{path} exists and has other weights")
     backbone = simsiam.load_backbone(half, settings["arch"], verbose=False)
-    if backbone.feature_dim != getattr(hubconf, args.name)(pretrained=False).feature_dim:
-        raise ValueError(f"--name {args.name}: a network with other features than {args.run}")
+    if (settings["arch"], backbone.feature_dim) != ("resnet18", getattr(hubconf, args.name)(False).feature_dim):
+        raise ValueError(f"--name {args.name}: another network than that of {args.run}")
+    if any(settings[name] != evaluation[name] for name in ("dataset", "test_size")):
+        raise ValueError(f"--linear {args.linear}: not on the test images of {args.run}")
     classifier = checkpoint.load(os.path.join(args.linear, "classifier.pt"))
     accuracies, measured_with = measure(backbone, classifier, evaluation, settings, args)
     before = {"knn1": last["knn1"], "knn200": last["knn200"], "linear": results["test_top1"]}
@@ -131,7 +135,8 @@ def release(args):
 
 def check(args):
     """Measure released weights and compare with their .json. Returns the exit code."""
-    about = checkpoint.read_json(os.path.join(args.weights, f"{args.name}.json"))
+    path = os.path.join(args.weights, f"{args.name}.json")
+    about = checkpoint.read_json(path, "accuracies", "linear_evaluation", "recipe")
     backbone = torch.hub.load(HERE, args.name, source="local", folder=args.weights)
     classifier = checkpoint.load(os.path.join(args.weights, f"{args.name}-linear.pt"))
     accuracies, measured_with = measure(backbone, classifier, about["linear_evaluation"], about["recipe"], args)

@@ -34,11 +34,12 @@ while [ $# -gt 0 ]; do
     [ $# -gt 1 ] || { echo "reproduce.sh: error: $1 requires a value" >&2 && exit 2; }
     shift 2
 done
-if ! [[ $SEEDS =~ ^[1-9][0-9]*$ && $MINUTES =~ ^[0-9]*$ && $NAME =~ ^[A-Za-z0-9_.-]+$ ]]; then
-    echo "reproduce.sh: error: --seeds, --max_minutes and --name take a number, whole minutes and a plain name" >&2
+cd "$(dirname "$0")"
+if ! [[ $SEEDS =~ ^[1-9][0-9]*$ && $MINUTES =~ ^(0|[1-9][0-9]*)?$ && $NAME =~ ^[A-Za-z0-9_][A-Za-z0-9_.-]*$ ]] ||
+    ! grep -q "^def $ENTRY(" hubconf.py; then
+    echo "reproduce.sh: error: a number of --seeds, whole --max_minutes, a plain --name, an --entry of hubconf.py" >&2
     exit 2
 fi
-cd "$(dirname "$0")"
 EXP=experiments/$NAME
 DEVICE="--gpu $GPU"
 [ "$GPU" != none ] || DEVICE=''

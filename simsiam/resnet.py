@@ -58,13 +58,9 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A CIFAR ResNet: normalized images [B, 3, H, W], any H, W >= 8 -> features [B, feature_dim].
-
-    The four stages have width, 2, 4 and 8 times width channels at full, half, quarter and eighth resolution, followed
-    by global average pooling. Initialized as torchvision's: convolutions by He's normal distribution (fan out), batch
-    norms with weight 1 and bias 0.
-    """
-
+    """A CIFAR ResNet: normalized images [B, 3, H, W], any H, W >= 8 -> features [B, feature_dim]. The four stages have
+    width, 2, 4 and 8 times width channels at full, half, quarter and eighth resolution, followed by global average
+    pooling. Initialized as torchvision's: convolutions by He's normal distribution (fan out)."""
     stem_relu = True  # simsiam.weights clears it for checkpoints of code that has no ReLU after the stem
 
     def __init__(self, block, depths, width=64):

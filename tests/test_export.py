@@ -101,9 +101,12 @@ def test_a_release_of_what_does_not_belong_together_is_refused(runs, tmp_path, r
     run, linear, settings = runs / "run", runs / "linear", checkpoint.read_json(runs / "run/config.json")["settings"]
     copy_with_changes(run, tmp_path / "run" / "config.json", settings=settings | {"epochs": 3})
     copy_with_changes(linear, tmp_path / "linear" / "results.json", backbone="0")
+    other = checkpoint.read_json(linear / "config.json")["settings"] | {"test_size": 20}
+    copy_with_changes(linear, tmp_path / "other" / "config.json", settings=other)
     refused(export.main, release("run", linear), "run: not finished, epoch 1 of 3")
     refused(export.main, release(run, "linear"), "the evaluation of another backbone")
-    refused(export.main, release(run, linear, name="simsiam_resnet18_cifar10"), "a network with other features")
+    refused(export.main, release(run, "other"), "not on the test images")
+    refused(export.main, release(run, linear, name="simsiam_resnet18_cifar10"), "another network")
     checkpoint.save(tmp_path / f"{NAME}.pt", {"conv1.weight": torch.zeros(1)})
     refused(export.main, release(run, linear, "."), f"{NAME}.pt exists and has other weights")
     assert checkpoint.load(tmp_path / f"{NAME}.pt")["conv1.weight"] == 0

@@ -92,10 +92,10 @@ def write_json(path, content):
     write(path, f"{json.dumps(content, indent=2)}\n".encode())
 
 
-def read_json(path):
-    """The content of a JSON file. Raises OSError, and ValueError if it is not JSON."""
+def read_json(path, *keys):
+    """The object in a JSON file. Raises OSError, and ValueError if it is not JSON or has not these keys."""
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except ValueError as error:  # also bytes that are not text
-        raise ValueError(f"{path}: not JSON ({error})") from error
+            return (content := json.load(file)) | {key: content[key] for key in keys}
+    except (ValueError, TypeError, KeyError) as error:  # also bytes that are not text
+        raise ValueError(f"{path}: not the JSON that is written here ({error})") from error

@@ -81,7 +81,7 @@ def summarize(folder):
     if records[0]["epoch"] == 0:
         row["untrained knn200"] = records[0]["knn200"]
     if "test_top1" in row:
-        row["best epoch"] = max(record["test_top1"] for record in records)
+        row["best test_top1"] = max(record["test_top1"] for record in records)
     row["minutes"] = (last(records, "time") or sum(record.get("seconds", 0) for record in records)) / 60
     path = os.path.join(folder, "config.json")
     return row | ({"device": read_json(path)["device"]} if os.path.exists(path) else {})

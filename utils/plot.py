@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from utils import log
 from utils.augment import denormalize
-from utils.cli import Parser
+from utils.cli import Parser, say
 from utils.metrics import collapse_std
 from utils.run import read_config
 
@@ -57,8 +57,8 @@ def group_seeds(runs):
     for folder, records in runs.items():
         name = os.path.basename(os.path.abspath(folder))
         name = (re.sub(r"[-_]?seed\d+(?=-linear$|$)", "", name) or name).encode(errors="backslashreplace").decode()
-        label = "".join(letter if letter.isprintable() else "?" for letter in name[:40]).replace("$", r"\$").lstrip("_")
-        groups.setdefault(label, []).append(records)
+        label = "".join(letter if letter.isprintable() else "?" for letter in name[:40]).replace("$", r"\$")
+        groups.setdefault(" " * label.startswith("_") + label, []).append(records)  # matplotlib hides names with _
     return groups
 
 
@@ -90,7 +90,7 @@ def mark_levels(axes, name, keys, settings):
         limits = {collapse_std(each.get("batch_size", 512), each.get("head_bn", "default")) for each in settings}
         if len(limits) == 1:
             level(axes, *limits, f"{min(limits):.2g}: collapsed below")
-    if name == "top1-acc" and all(each.get("dataset") == "cifar10" for each in settings):
+    if name == "top1-acc" and {each["dataset"] for each in settings} == {"cifar10"}:
         key = next(key for key in PAPER if key in keys)
         axes.set_ylim(None, 100)
         level(axes, PAPER[key], f"paper, width 64, 800 epochs: {PAPER[key]:g}")
@@ -166,7 +166,7 @@ def main(argv=None):
     parser.add_argument("--output", metavar="DIR", help="folder for the figures")
     args = parser.parse_args(argv)
     with parser.user_errors():
-        print(log.table(args.folders))
+        say(log.table(args.folders))
         if args.output is not None:
             os.makedirs(args.output, exist_ok=True)
             plot_runs(args.folders, args.output)

@@ -69,8 +69,8 @@ def write_config(folder, settings, device):
 
 def read_config(folder):
     """The content of config.json. Raises OSError, and ValueError if it is not a run's."""
-    config = checkpoint.read_json(os.path.join(folder, CONFIG))
-    if not (isinstance(config, dict) and isinstance(config.get("settings"), dict)):
+    config = checkpoint.read_json(os.path.join(folder, CONFIG), "settings")
+    if not {"arch", "dataset", "data_root", "epochs"} <= set(config["settings"]):
         raise ValueError(f"{os.path.join(folder, CONFIG)}: not the settings of a run")
     return config
 
