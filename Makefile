@@ -21,12 +21,12 @@ demo: $(VENV)/.installed
 	$(LINEAR) --pretrained experiments/$(DEMO)/backbone.pt --trial $(DEMO)-linear
 	$(RUN) -m utils.plot experiments/$(DEMO) experiments/$(DEMO)-untrained-linear experiments/$(DEMO)-linear
 
-# Two tests at a time, with a thread each.
+# Two tests at a time, with a thread each unless OMP_NUM_THREADS says otherwise.
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal -m "not slow" tests
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest -q -n 2 --dist worksteal -m "not slow" tests
 
 test-slow: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist worksteal -m slow tests
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest -q -n 2 --dist worksteal -m slow tests
 
 test-all: test test-slow
 
