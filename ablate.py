@@ -73,9 +73,14 @@ def run_main(options):
     """Run main.py; signals are passed on, so that it can save its checkpoint. Returns its exit code."""
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "main.py")
     process = subprocess.Popen([sys.executable, script, *options], start_new_session=True)  # Ctrl-C reaches it once
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: process.send_signal(number))
-    return code if (code := process.wait()) >= 0 else 128 - code  # as a shell has it
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number in usual:
+        if usual[number] != signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: process.send_signal(number))
+    code = process.wait()
+    for number in usual:
+        signal.signal(number, usual[number])
+    return code if code >= 0 else 128 - code  # as in a shell
 
 
 def run_variants(args, variants, rest):

@@ -1,4 +1,4 @@
-"""Features for other tools, and weights for other people.
+"""Features for other tools, and weights to publish.
 
     python export.py features --pretrained experiments/1/backbone.pt --output features.npz data
     python export.py features --pretrained experiments/1/backbone.pt --output features.npz --images FOLDER
@@ -21,9 +21,7 @@ import hubconf
 import simsiam
 from utils import checkpoint, log
 from utils.augment import MEAN, SIZE, STD
-from utils.cli import (
-    Parser, add_data_options, add_device_options, add_normalization, run_script, say, warn, whole_number,
-)
+from utils.cli import Parser, add_data_options, add_device_options, add_normalization, run_script, warn, whole_number
 from utils.data import DATASETS, load_dataset, load_folder
 from utils.device import autocast, describe, select_device, select_precision
 from utils.knn import extract_features, knn_accuracy
@@ -79,7 +77,7 @@ def export_features(args):
     content = io.BytesIO()
     numpy.savez(content, classes=numpy.array(classes, dtype=str), **arrays)
     checkpoint.write(args.output, content.getbuffer())
-    say(f"{args.output}: {', '.join(f'{name} {list(array.shape)}' for name, array in arrays.items())}")
+    print(f"{args.output}: {', '.join(f'{name} {list(array.shape)}' for name, array in arrays.items())}")
 
 
 def measure(backbone, classifier, linear, settings, args):

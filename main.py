@@ -151,7 +151,8 @@ def pretrain(args, device, data, model, optimizer, scaler, run, state, stop, beg
             evaluate = (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs
             if done == steps:
                 state = finish_epoch(args, device, data, model, scaler, run, state, rate, evaluate, stop, begin)
-                progress.advance(state["epoch"] + state["step"] / steps, log.figures(run.records), keep=evaluate)
+                figures = log.figures(run.records)
+                progress.advance(state["epoch"] + state["step"] / steps, figures, keep=evaluate and not state["step"])
             stopping, finished = stop.requested, state["epoch"] == args.epochs
             if stopping or finished or state["step"] == 0 and state["epoch"] % args.save_freq == 0:
                 if not all(value.isfinite().all() for value in model.state_dict().values()):
@@ -224,7 +225,7 @@ def run_files(args, device, state, model, optimizer, scaler):
 
 def diverged(args, run, what):
     return run.fail(f"{what}; {run.path(CHECKPOINT)} of epoch {run.saved_epoch} is kept; start a new run with a lower "
-                    f"--learning_rate ({args.learning_rate:g}) or with more than --precision {args.precision}")
+                    f"--learning_rate ({args.learning_rate:g})")
 
 
 def set_up(parser, args, argv):
@@ -279,9 +280,8 @@ def main(argv=None):
         return 0
     info(f"{run.folder}: {args.arch}, width {args.width}, {args.dataset}, {len(data.train_images)} images, "
          f"{describe(device)}, {args.precision}")
-    if device.type == "cpu":
-        info("No GPU in use: two CPU cores train 50 to 115 views/s at width 64 and 600 to 1,000 at width 16; an epoch "
-             f"has {2 * len(data.train_images):,}. Try --width 16 and --train_size 5000.")
+    if device.type == "cpu" and args.width > 16:
+        info("No GPU in use. Two CPU cores train 50 to 115 views/s at width 64, 600 to 1,000 with --width 16.")
     try:
         with StopRequest(args.max_minutes, begin) as stop:
             if state["epoch"] == state["step"] == 0:

@@ -29,7 +29,7 @@ from utils.data import DATASETS, balanced_subset, load_dataset
 from utils.device import autocast, compile_for, describe, select_device, select_precision
 from utils.knn import extract_features
 from utils.metrics import class_accuracies, confusion_matrix, top_k
-from utils.report import REPORT, draw_run
+from utils.report import draw_run
 from utils.run import EVALUATION, FORMAT, RESULTS, Run, find_run, machine, restore, start_run
 
 LR_PER_256 = 30.0           # learning rate for a batch of 256; it scales linearly
@@ -204,7 +204,6 @@ def report(args, data, classifier, record, confusion, run):
     if run.unsaved is None:
         run.attempt(checkpoint.write_json, run.path(RESULTS), results)  # now the evaluation is finished
     run.draw(draw_run)
-    info(f"Figures: {run.path(REPORT)}")
     return run.fail(run.unsaved) if run.unsaved else 0
 
 

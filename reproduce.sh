@@ -4,11 +4,11 @@
 #
 # --seeds N             run seeds 0 to N - 1 (1)
 # --max_minutes M       stop after M minutes; the same command continues
-# --data_root DIR       folder that has or gets cifar-10-batches-py (data)
+# --data_root DIR       folder that has or gets cifar-10-batches-py, relative to this script (data)
 # --gpu N               index of the CUDA GPU, or none (0)
 # --name NAME           runs are in experiments/NAME, logs go to logs/NAME-seedN (paper)
 # --entry NAME          torch.hub entry of the released weights (simsiam_resnet18_cifar10)
-# --weights DIR         folder of the released weights (weights)
+# --weights DIR         folder of the released weights, relative to this script (weights)
 # --pretrain "OPTIONS"  options of main.py
 # --linear "OPTIONS"    options of main_lincls.py
 #
@@ -37,12 +37,12 @@ done
 cd "$(dirname "$0")"
 if ! [[ $SEEDS =~ ^[1-9][0-9]*$ && $MINUTES =~ ^(0|[1-9][0-9]*)?$ && $NAME =~ ^[A-Za-z0-9_][A-Za-z0-9_.-]*$ ]] ||
     ! grep -q "^def $ENTRY(" hubconf.py; then
-    echo "reproduce.sh: error: a number of --seeds, whole --max_minutes, a plain --name, an --entry of hubconf.py" >&2
+    echo "reproduce.sh: error: --seeds, --max_minutes take a whole number, --name a plain name, --entry a hub entry" >&2
     exit 2
 fi
 EXP=experiments/$NAME
 DEVICE="--gpu $GPU"
-[ "$GPU" != none ] || DEVICE=''
+[ "$GPU" != none ] || { DEVICE='' && export CUDA_VISIBLE_DEVICES=; }
 
 slice() { # a script and its options, for the minutes that are left
     local limit=''

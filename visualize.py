@@ -3,9 +3,8 @@
     python visualize.py --pretrained experiments/1 data
     python visualize.py --pretrained CHECKPOINT --output figures data
 
-Writes neighbors.png (nearest training images of a dozen test images), map.png (test features by t-SNE if scikit-learn
-is installed, else by principal components), knn-confusion.png, spectrum.png and features.json (kNN, alignment,
-uniformity, effective rank; of the initial weights too if the run has them). Width 16: minutes on a CPU.
+Writes neighbors.png, map.png (test features by t-SNE if scikit-learn is installed, else by principal components),
+knn-confusion.png, spectrum.png and features.json (kNN, alignment, uniformity, effective rank). Minutes on a CPU.
 """
 import os
 
@@ -49,8 +48,10 @@ def find_files(parser, args, argv):
         settings = read_config(args.pretrained)["settings"]
         names = ("arch", "dataset", "data_root", "train_size", "test_size")
         parser.set_defaults(output=args.pretrained, **{name: settings[name] for name in names})
-        paths = {name: os.path.join(args.pretrained, file) for name, file in FILES.items()}
-        return parser.parse_args(argv), {name: path for name, path in paths.items() if os.path.exists(path)}
+        files = {name: os.path.join(args.pretrained, file) for name, file in FILES.items()}
+        if not os.path.exists(files["untrained"]):
+            del files["untrained"]
+        return parser.parse_args(argv), files
     if args.output is None:
         raise ValueError("--output DIR is required if --pretrained is a file")
     return args, {"trained": args.pretrained}

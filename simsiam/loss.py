@@ -24,10 +24,8 @@ def asymmetric_loss(p1, p2, z1, z2, distance=negative_cosine):
 
 
 def feature_std(z):
-    """Std of l2-normalized outputs z [B, dim] over the batch, averaged over channels, times sqrt(dim) (Sec. 4.1).
-
-    About 1 for a healthy network and 0 for constant outputs. The batch norm at the end of the projector keeps the
-    batch mean at 0, so there a collapse is 2 / sqrt(B) instead: all outputs but one point the same way.
-    """
+    """Std of l2-normalized outputs z [B, dim] over the batch, averaged over channels, times sqrt(dim) (Sec. 4.1). About
+    1 for a healthy network, 0 for constant outputs. Behind a batch norm, which keeps the mean at 0, a collapse is
+    2 / sqrt(B) instead: all outputs but one point the same way."""
     z = F.normalize(z.float(), dim=1)
     return z.std(dim=0).mean() * z.shape[1] ** 0.5

@@ -30,10 +30,8 @@ def make_head(dims, hidden_bn, output_bn):
 
 class SimSiam(nn.Module):
     """Backbone, projector and predictor as separate attributes.
-
     backbone: module [B, 3, H, W] -> [B, backbone.feature_dim]. dim: size of z and p. pred_dim: the predictor's
     bottleneck. num_proj_layers: 2 on CIFAR (appendix D), 3 on ImageNet.
-
     The rest are the variants of Sec. 4, all with the same initial weights. head_bn: a key of HEAD_BN. predictor:
     'fixed' keeps the initial weights, 'none' makes p equal z. stop_gradient: False lets gradients into the targets.
     """

@@ -116,6 +116,14 @@ def test_main_refuses_checkpoints_that_it_cannot_resume(refused, no_gpu, finishe
         refused(pretraining.main, ["--resume", "checkpoint.pt"], "checkpoint.pt", words)
 
 
+def test_the_folder_and_the_checkpoint_of_an_evaluation_are_not_pre_trainings(refused, no_gpu, run_lincls):
+    assert run_lincls("--features", "cached", "--trial", "ev") == 0
+    os.remove("experiments/ev/log.jsonl")
+    refused(pretraining.main, [*SMALL, "--resume", "auto", "--trial", "ev"], "experiments/ev exists")
+    refused(pretraining.main, ["--resume", "experiments/ev/evaluation.pt"], "a checkpoint of another script")
+    refused(main_lincls.main, ["--resume", "experiments/ev/classifier.pt"], "not a checkpoint to resume")
+
+
 class Code:
     """Something that only code can load."""
 

@@ -114,7 +114,7 @@ def test_the_page_of_an_evaluation_has_its_confusion_and_escapes_what_was_typed(
     checkpoint.write_json(f"{folder}/results.json", results)
     report.draw_run(folder)
     assert drawn["confusion"].axes[0].images[0].get_array().tolist() == [[75, 25], [0, 0]]  # percent of the true class
-    for words in ("<i> & 'c'", "pretrained <script>x</script>", "CPU, <1> thread: epoch 2 of 2.", "test_top1 51.5",
+    for words in ("<i> & 'c'", "pretrained <script>x</script>", "CPU, <1> thread: epoch 2.", "test_top1 51.5",
                   " python main_lincls.py '<i> &amp;' "):
         assert words in read_page(f"{folder}/report.html")[0]
 

@@ -55,7 +55,7 @@ def load(path):
     """Read a checkpoint onto the CPU, with weights_only=True: code in the file does not run. Raises OSError if it
     cannot be read, ValueError if it is damaged or holds more than tensors and plain values, which it then names."""
     if os.path.isdir(path):
-        raise IsADirectoryError(f"{path!r} is a folder, not a checkpoint")
+        raise IsADirectoryError(f"{path!r} is a folder; name backbone.pt or checkpoint.pt in it")
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path!r}: no such file")
     with open(path, "rb") as file:

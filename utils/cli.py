@@ -183,7 +183,7 @@ class Stopped(Exception):
 
 class StopRequest:
     """Inside the context, the first SIGINT, SIGTERM or SIGHUP, and the time limit, only make `requested` true, so that
-    the step can finish and a checkpoint be written. A second signal acts as usual; ignored signals stay ignored.
+    the step can finish and a checkpoint be written. A second signal has its usual effect; ignored ones stay ignored.
 
     minutes: limit since `start`, a value of time.monotonic(). exit_code: 128 + the signal's number, 0 for the limit.
     """

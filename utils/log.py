@@ -79,12 +79,12 @@ def summarize(folder):
     keys = ("epoch", "loss", "std", "knn1", "knn200", "train_loss", "test_top1")
     row = {key: last(records, key) for key in keys if last(records, key) is not None}
     if records[0]["epoch"] == 0:
-        row["untrained knn200"] = records[0]["knn200"]
+        row["untrained knn200"] = records[0].get("knn200")
     if "test_top1" in row:
         row["best test_top1"] = max(record["test_top1"] for record in records)
     row["minutes"] = (last(records, "time") or sum(record.get("seconds", 0) for record in records)) / 60
     path = os.path.join(folder, "config.json")
-    return row | ({"device": read_json(path)["device"]} if os.path.exists(path) else {})
+    return row | ({"device": read_json(path).get("device")} if os.path.exists(path) else {})
 
 
 def table(folders):

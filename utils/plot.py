@@ -56,8 +56,9 @@ def group_seeds(runs):
     groups = {}
     for folder, records in runs.items():
         name = os.path.basename(os.path.abspath(folder))
-        name = (re.sub(r"[-_]?seed\d+(?=-linear$|$)", "", name) or name).encode(errors="backslashreplace").decode()
-        label = "".join(letter if letter.isprintable() else "?" for letter in name[:40]).replace("$", r"\$")
+        name = re.sub(r"[-_]?seed\d+(?=-linear$|$)", "", name).lstrip("-") or "seeds"
+        name = name.encode(errors="backslashreplace").decode()[:40].replace("$", r"\$")
+        label = "".join(letter if letter.isprintable() else "?" for letter in name)
         groups.setdefault(" " * label.startswith("_") + label, []).append(records)  # matplotlib hides names with _
     return groups
 
@@ -92,7 +93,7 @@ def mark_levels(axes, name, keys, settings):
             level(axes, *limits, f"{min(limits):.2g}: collapsed below")
     if name == "top1-acc" and {each["dataset"] for each in settings} == {"cifar10"}:
         key = next(key for key in PAPER if key in keys)
-        axes.set_ylim(None, 100)
+        axes.set_ylim(0, 102)
         level(axes, PAPER[key], f"paper, width 64, 800 epochs: {PAPER[key]:g}")
 
 

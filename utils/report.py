@@ -17,7 +17,7 @@ figure { display: inline-block; width: 28rem; max-width: 100%; margin: 0 1rem 1r
 figure.wide { width: 100%; } img { width: 100%; } figcaption { font-size: .85rem; color: #555; }
 """
 CAPTIONS = {  # in the order of the page
-    "loss-plot": "Loss. Near −1 with std near 0 is a collapse, not a success.",
+    "loss-plot": "Loss. In pre-training, near −1 with std near 0 is a collapse, not a success.",
     "top1-acc": "Top-1 accuracy on the test images.",
     "std": "std of the l2-normalized outputs z, times √d: near 1 is healthy, near 0 collapsed.",
     "views": "Images with the outlines of both crops, and the two views with what was drawn for them.",
@@ -71,13 +71,14 @@ def write_report(folder):
     readable config.json."""
     config, records = read_config(folder), log.read(folder, empty=True)
     settings = config["settings"]
-    commands = [f"git checkout {config['commit']}"] * bool(config["commit"]) + [shlex.join(["python", *config["argv"]])]
+    commit = str(config["commit"]).removesuffix("-dirty")
+    commands = [f"git checkout {commit}"] * bool(config["commit"]) + [shlex.join(["python", *config["argv"]])]
     kind = "linear evaluation"
     if "pretrained" not in settings:
         kind = "SimSiam pre-training"
         commands.append(evaluation_command(settings, folder, config["device"].startswith("CPU")))
         commands.append(shlex.join(["python", "visualize.py", "--pretrained", folder, settings["data_root"]]))
-    done = f"epoch {records[-1]['epoch']} of {settings['epochs']}" if records else "epoch 0"
+    done = f"epoch {records[-1]['epoch'] if records else 0}"
     title = html.escape(os.path.basename(os.path.abspath(folder)))
     content = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -87,15 +88,14 @@ def write_report(folder):
 <h2>Results</h2>{results_html(folder, records)}
 <h2>Figures</h2>{''.join(figures_html(folder))}
 <h2>Commands</h2><pre>{html.escape(chr(10).join(commands))}</pre>
-<h2>Settings</h2>{table(settings.items())}
-<h2>Environment</h2>{table({'device': config['device'], **config['versions']}.items())}
+<h2>Settings</h2>{table({**settings, 'device': config['device'], **config['versions']}.items())}
 </body></html>
 """
     checkpoint.write(os.path.join(folder, REPORT), content.encode(errors="backslashreplace"))
 
 
 def draw_run(folder):
-    """Draw the figures of a run, as far as it has come, and write its report."""
+    """Draw the figures of a run, so far, and write its report."""
     path = os.path.join(folder, RESULTS)
     if log.size(folder):
         plot.plot_runs([folder], folder)

@@ -90,15 +90,15 @@ def find_run(parser, args, argv, name, may_change):
     path = os.path.join(folder, name) if auto else args.resume
     previous = checkpoint.previous_path(path)
     if auto and not (os.path.exists(path) or os.path.exists(previous)):
-        if not os.path.isdir(folder) or log.size(folder):
+        if not os.path.isdir(folder) or log.size(folder) or {RESULTS, CHECKPOINT, EVALUATION} & {*os.listdir(folder)}:
             raise ValueError(f"{folder} exists and has no checkpoint to resume; choose another --trial")
         return args, folder, None  # killed before its first checkpoint
     try:
-        state = load_state(path)
+        state = load_state(path, args)
     except (ValueError, OSError) as error:
         if not (auto and os.path.exists(previous)):
             raise
-        state = load_state(previous)
+        state = load_state(previous, args)
         warn(f"{error}; resuming from {previous}, epoch {state['epoch']}")
     return resumed_args(parser, argv, state, may_change), os.path.dirname(path) or ".", state
 
@@ -114,14 +114,16 @@ def find_folder(name, args):
     return None
 
 
-def load_state(path):
-    """Load a checkpoint. Raises ValueError if it is another file, or of another version."""
+def load_state(path, args):
+    """Load a checkpoint of a script with these settings. Raises ValueError for another file or another version."""
     state = checkpoint.load(path)
     if not (isinstance(state, dict) and isinstance(state.get("config"), dict)):
         raise ValueError(f"{path}: not a checkpoint to resume")
     if state.get("format") != FORMAT:
         raise ValueError(f"{path}: written by another version of this code (format {state.get('format')}, not "
                          f"{FORMAT}); config.json beside it names the commit")
+    if not vars(args).keys() <= state["config"].keys():
+        raise ValueError(f"{path}: a checkpoint of another script")
     return state | {"path": path}
 
 
@@ -203,7 +205,7 @@ class Run:
         return 1
 
     def draw(self, draw, *args):
-        """Call draw(folder, *args), which draws figures or a page. A run does not fail for want of them."""
+        """Call draw(folder, *args), which draws figures or a page. Missing figures do not end a run."""
         try:
             draw(self.folder, *args)
         except Exception as error:  # of any type: anybody may have changed the files in the folder
