@@ -92,7 +92,7 @@ def finished_run(tmp_path_factory):
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
-    """refused(main, args, *words): the call exits with 2 and one line on stderr with these words, and writes nothing."""
+    """refused(main, args, *words): the call exits with 2 and one line on stderr with the words, and writes nothing."""
     monkeypatch.chdir(tmp_path)
 
     def check(main, args, *words):

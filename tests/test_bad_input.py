@@ -107,7 +107,8 @@ def test_main_refuses_checkpoints_that_it_cannot_resume(refused, no_gpu, finishe
     state = checkpoint.load(os.path.join(finished_run, "checkpoint.pt"))
     model = state["model"] | {"predictor.0.weight": torch.zeros(3, 3)}
     for content, words in (
-        (state["model"], "not a checkpoint to resume"), ({**state, "format": 1}, "another version of this code (format 1"),
+        (state["model"], "not a checkpoint to resume"),
+        ({**state, "format": 1}, "another version of this code (format 1"),
         ({name: value for name, value in state.items() if name != "optimizer"}, "its optimizer does not fit"),
         ({**state, "epoch": 0, "optimizer": {}}, "its optimizer does not fit"),
         ({**state, "epoch": 0, "model": model}, "its model does not fit"),

@@ -99,7 +99,8 @@ def test_the_readmes_numbers_are_those_of_the_logs():
         return f"{statistics.fmean(values):.2f}{std}"
 
     for row, runs in {"24": ["cifar10-w16-24ep"], "12": ["cifar10-w16-12ep", "cifar10-w16-12ep-seed1"]}.items():
-        knn, linear = ([last_of(run + end, key) for run in runs] for end, key in (("", "knn200"), ("-linear", "test_top1")))
+        knn = [last_of(run, "knn200") for run in runs]
+        linear = [last_of(f"{run}-linear", "test_top1") for run in runs]
         assert f"| {row} | {len(runs)} | {cell(knn)} | {cell(linear)} (cached features) |" in text
     knn = [log.read(str(REPO / "logs" / run))[0]["knn200"] for run in runs]
     linear = [last_of(f"{run}-linear-untrained", "test_top1") for run in runs]

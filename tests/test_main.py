@@ -41,8 +41,8 @@ def assert_same_run(whole, trial):
     """The same log, line by line, and the same weights, buffers and momenta, bit for bit."""
     assert log_of(whole) == log_of(trial)
     states = [checkpoint.load(f"{folder}/checkpoint.pt") for folder in (whole, f"experiments/{trial}")]
-    leaves = [torch.utils._pytree.tree_flatten_with_path({key: state[key] for key in ("epoch", "model", "optimizer")})[0]
-              for state in states]
+    parts = [{key: state[key] for key in ("epoch", "model", "optimizer")} for state in states]
+    leaves = [torch.utils._pytree.tree_flatten_with_path(part)[0] for part in parts]
     for (path, a), (_, b) in zip(*leaves, strict=True):
         assert torch.equal(a, b) if torch.is_tensor(a) else a == b, path
 

@@ -26,8 +26,8 @@ def figures(folder):
 
 def test_runs_killed_at_any_moment_end_as_the_one_that_is_not(tmp_path):
     """SIGKILL at random times, of the start too: the same weights, and one log line an epoch."""
-    command = [sys.executable, "main.py", *SMALL, *"--epochs 60 --eval_freq 7 --save_freq 2".split(), "--resume", "auto",
-               "--exp_dir", str(tmp_path), "--trial"]
+    options = f"--epochs 60 --eval_freq 7 --save_freq 2 --resume auto --exp_dir {tmp_path} --trial".split()
+    command = [sys.executable, "main.py", *SMALL, *options]
     begin = time.monotonic()
     subprocess.run([*command, "whole"], cwd=REPO, env=CPU_ONLY, check=True, stdout=subprocess.DEVNULL)
     duration, generator, kills = time.monotonic() - begin, random.Random(0), 0
@@ -53,12 +53,17 @@ WORDS = ["", "0", "1", "2", "-1", "0.5", "1e9", "nan", "inf", "x", "auto", "none
     (pretraining, "pretrain", [*SMALL, "--epochs", "2"]),
     (main_lincls, "evaluate", ["--dataset", "shapes", "--train_size", "20", "--test_size", "20", "--pretrained", "{}"]),
 ])
-def test_any_arguments_are_taken_or_refused_in_a_line(tmp_path, monkeypatch, no_gpu, finished_run, capsys, module, train, base):
+def test_any_arguments_are_taken_or_refused_in_a_line(
+    tmp_path, monkeypatch, no_gpu, finished_run, capsys, module, train, base,
+):
     """All but the training itself: exit code 2, one line and nothing written, or a run."""
     monkeypatch.setattr(module, train, lambda *args, **options: 0)
     monkeypatch.setattr(pretraining, "start", lambda *args: None)
-    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", lambda *a, **k: (_ for _ in ()).throw(
-        OSError("no network")))
+
+    def no_network(*args, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
     generator, codes, parser = random.Random(0), [], module.make_parser()
     actions = [action for action in parser._actions if action.option_strings and action.dest != "help"]
     for i in range(150):
