@@ -151,7 +151,8 @@ def test_fix_pred_lr_keeps_the_predictors_rate(run_main, monkeypatch, no_gpu):
 
 def test_outputs_collapse_without_stop_gradient_and_without_predictor(run_main):
     """Sec. 4.1 and 4.2, against a control that differs in nothing else. Without the batch norm at the end of the
-    projector nothing keeps std from 0. A third of the control's std is over ten times its spread over seeds away from both."""
+    projector nothing keeps std from 0. A third of the control's std is over ten times its spread over seeds away
+    from both."""
     std = {}
     for name, options in {"control": (), "no-sg": ("--no-stop_gradient",), "no-pred": ("--predictor", "none")}.items():
         for seed in range(2):
