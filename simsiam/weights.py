@@ -1,5 +1,10 @@
 """Load a backbone from this project's checkpoints and from those of other SimSiam code, by the names of the tensors."""
+import contextlib
+import io
 import os
+import pickle
+import re
+import warnings
 import zipfile
 from typing import NamedTuple
 
@@ -9,7 +14,19 @@ from simsiam.resnet import ARCHS
 
 CHILDREN = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")  # of every ResNet here, in this order
 HEADS = ("fc", "linear", "classifier", "head", "projector", "predictor")  # what else may be stored beside them
+WRAPPERS = re.compile(r"(?<![^./])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)[./]")
+AVERAGED = re.compile(r"(?i:momentum|target|teacher|averag)|(?<![a-zA-Z])(?i:ema|k)(?![a-zA-Z])|Ema(?![a-z])|EMA")
 IMAGENET = "0.485 0.456 0.406 and std 0.229 0.224 0.225"
+KINDS = {  # first bytes of other files, in lower case
+    b"version https://git-lfs": "a Git LFS pointer; git lfs pull fetches the file itself",
+    b"<": "an HTML page, as failed downloads leave", b"\x80": "pickled code or another pickle than torch.save's",
+    b"\x93numpy": "a NumPy array", b"\x89hdf": "an HDF5 file", b"gguf": "a GGUF file",
+    b"\x1f\x8b": "compressed by gzip", b"bzh": "compressed by bzip2", b"\xfd7zxz": "compressed by xz",
+}
+ZIP_KINDS = {  # patterns of names in other zip archives
+    r"\.npy$": "a NumPy .npz file", r"/code/|constants\.pkl$": "TorchScript; save its state_dict with torch.save",
+    r"archive_format$|serialized_exported_program": "an exported program (.pt2); save its state_dict with torch.save",
+}
 
 
 class Origin(NamedTuple):
@@ -19,71 +36,140 @@ class Origin(NamedTuple):
     stem_padding: int = 1
 
 
-def load_backbone(source, arch="resnet18", width=None, verbose=True, name=None):
+def load_backbone(source, arch="resnet18", width=None, verbose=True):
     """Load the backbone of a checkpoint as a ResNet in eval mode, float32, on the CPU.
 
-    source: path of a file, or what torch.load returned for it. arch: a key of ARCHS. width: channels of the stem
-    (default: those of the checkpoint). verbose: print what was recognized, after `name` (default: the path). Every
-    tensor of the backbone must be present with its name and shape. The stem becomes that of the code which wrote the
-    file: solo-learn pads by 2, and lightly's CIFAR benchmark has no ReLU after it.
+    source: path of a file of torch.save or safetensors, or what torch.load returned for it. arch: a key of ARCHS.
+    width: channels of the stem (default: those of the checkpoint). verbose: print what was recognized, or a function to
+    call with this line. The backbone is found anywhere in nested dicts, under any prefix; every tensor must be present
+    with its name and shape, except num_batches_tracked. Of several, the one that is no moving average is taken, then
+    the shortest name. The stem becomes that of the code which wrote the file: solo-learn pads by 2, and lightly's CIFAR
+    benchmark has no ReLU after it.
 
-    Files are read with weights_only=True: pickled code never runs. Raises OSError if the file cannot be read,
-    pickle.UnpicklingError if it holds more than tensors and plain values, RuntimeError or ValueError if it is damaged,
-    and ValueError that lists missing, unexpected and misshapen tensors if it does not fit.
+    Files are read with weights_only=True: pickled code never runs. Raises OSError if the file cannot be read, and
+    ValueError that says what it is instead, or that lists missing, unexpected and misshapen tensors.
     """
     if arch not in ARCHS:
         raise ValueError(f"unknown architecture {arch!r}; choose from {', '.join(ARCHS)}")
+    label = ""
     if isinstance(source, (str, os.PathLike)):
-        name = source if name is None else name
-        if zipfile.is_zipfile(source):  # torch.load does not verify the checksums
-            with zipfile.ZipFile(source) as archive:
-                if archive.testzip() is not None:
-                    raise ValueError(f"{source}: damaged, a checksum does not match")
-        source = torch.load(source, map_location="cpu", weights_only=True)
-    label = "" if name is None else f"{name}: "
-    try:
-        tensors, others, origin, stem_relu = find_backbone(source)
-        backbone = ARCHS[arch](tensors["conv1.weight"].shape[0] if width is None else width)
-        load_tensors(backbone, tensors)
-    except ValueError as error:
-        raise ValueError(f"{label}{error}") from error
-    backbone.conv1.padding = (origin.stem_padding, origin.stem_padding)
-    backbone.stem_relu = stem_relu
+        label, source = f"{source}: ", read_file(source)
+    tensors, first_error = {}, None
+    for name, value in flatten(source):
+        tensors.setdefault(WRAPPERS.sub("", name), value)
+    stems = find_stems(tensors)
+    for stem in stems:
+        try:
+            backbone, line = build(source, tensors, stem, arch, width)
+            break
+        except ValueError as error:
+            first_error = first_error or error
+    else:
+        known = ", ".join(list(tensors)[:3]) or "no tensors"
+        raise ValueError(f"{label}{first_error or f'no backbone found: no 3x3 conv1.weight among {known} ...'}")
+    left = [f"{prefix_of(name)}*".replace("/", ".") for name in stems if not torch.equal(tensors[name], tensors[stem])]
+    line += " (a moving average)" * is_average(stem) + f", not the one at {' and '.join(left)}" * bool(left)
     if verbose:
-        notes = [f"{origin.name}; {len(tensors)} of {len(tensors)} backbone tensors matched"]
-        notes += [f"{others} other tensors (heads, copies) ignored"] * (others > 0)
-        notes += [f"stem padded by {origin.stem_padding}"] * (origin.stem_padding != 1)
-        notes += ["no ReLU after the stem"] * (not stem_relu)
-        notes += [f"trained there on images normalized by mean {origin.normalization}"] * bool(origin.normalization)
-        print(f"{label}{', '.join(notes)}")
+        (verbose if callable(verbose) else print)(f"{label}{line}")
     return backbone.eval()
 
 
-def find_backbone(file):
-    """Tensors of the backbone in a loaded checkpoint, named as in simsiam.resnet; the number of other tensors; the
-    Origin; whether a ReLU follows the stem. Raises ValueError if there is no backbone, or one for ImageNet."""
-    named = file
-    for key in ("model", "state_dict", "model_state_dict", "net", "backbone", "encoder"):
-        if isinstance(named, dict) and isinstance(named.get(key), dict):
-            named = named[key]
-    if not isinstance(named, dict):
-        raise ValueError("no backbone found: there is no state dict")
-    # DataParallel and torch.compile add their marks to every name.
-    tensors = {str(name).replace("_orig_mod.", "").removeprefix("module."): value
-               for name, value in named.items() if torch.is_tensor(value)}
-    stems = [name for name, value in tensors.items() if value.ndim == 4 and value.shape[1] == 3]
-    stems = [name for name in stems if name.split(".")[-2:] in (["conv1", "weight"], ["0", "weight"])]
-    if not stems:
-        raise ValueError(f"no backbone found: no 3x3 conv1.weight among {', '.join(map(str, list(named)[:3]))} ...")
-    stem = min(stems, key=len)  # the shortest name of several copies: backbone.* before encoder.0.*
+def read_file(path):
+    """The content of a file of torch.save, or of safetensors if that package is installed. Raises OSError if it cannot
+    be read, ValueError that says what it is if it is neither, damaged, or holds more than tensors and plain values."""
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{str(path)!r} is a folder; name backbone.pt or checkpoint.pt in it")
+    with open(path, "rb") as file:
+        content = file.read()
+    try:
+        if content[8:9] == b"{" and int.from_bytes(content[:8], "little") < len(content):
+            import safetensors.torch
+            return safetensors.torch.load(content)
+        if zipfile.is_zipfile(io.BytesIO(content)) and zipfile.ZipFile(io.BytesIO(content)).testzip() is not None:
+            raise zipfile.BadZipFile  # torch.load does not verify the checksums
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # of any type: torch.load parses arbitrary bytes
+        raise ValueError(f"{path}: not a checkpoint that can be loaded: {kind_of(content, error)}") from error
+
+
+def kind_of(content, error):
+    """What a file is that could not be loaded, in words."""
+    if isinstance(error, ImportError):
+        return "safetensors; pip install safetensors reads it"
+    for magic, words in KINDS.items():
+        if content[:64].lstrip().lower().startswith(magic):
+            return words
+    if re.fullmatch(rb"[\s -~]+", content[:64]):
+        return f"text that begins with {content[:40].decode()!r}"
+    if content[257:262] == b"ustar":
+        return "a tar archive"
+    with contextlib.suppress(Exception):  # of any type, as above
+        names = zipfile.ZipFile(io.BytesIO(content)).namelist()
+        for form, words in ZIP_KINDS.items():
+            if any(re.search(form, name) for name in names):
+                return words
+        if not any(name.endswith("data.pkl") for name in names):
+            return f"a zip archive of {', '.join(names[:3])} ..."
+        if isinstance(error, pickle.UnpicklingError):
+            code = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
+            return f"pickled code ({', '.join(code[:3])}), which is not run; save its state_dict alone"
+    return "truncated or damaged" if content else "the file is empty"
+
+
+def flatten(item, name=""):
+    """Yield (name, tensor) for all tensors in nested dicts and lists; '/' separates the levels."""
+    if torch.is_tensor(item):
+        yield name, item
+    pairs = item.items() if isinstance(item, dict) else enumerate(item) if isinstance(item, (list, tuple)) else ()
+    for key, value in pairs:
+        yield from flatten(value, f"{name}/{key}" if name else str(key))
+
+
+def find_stems(tensors):
+    """Names that may be a backbone's first convolution, the likeliest first."""
+    stems = [name for name, value in tensors.items() if value.ndim == 4 and value.shape[1] == 3
+             and re.search(r"(^|[./])(conv1|0)[./]weight$", name)]
+    return sorted(stems, key=lambda stem: (is_average(stem), len(stem)))
+
+
+def prefix_of(stem):
+    """What stands before conv1.weight, or before 0.weight in an nn.Sequential."""
+    return re.sub(r"(conv1|0)[./]weight$", "", stem)
+
+
+def is_average(stem):
+    return AVERAGED.search(prefix_of(stem)) is not None
+
+
+def build(file, tensors, stem, arch, width):
+    """The backbone whose first convolution is `stem`, and a line that says what it is. Raises ValueError if it does not
+    fit."""
     if tuple(tensors[stem].shape[2:]) == (7, 7):
         raise ValueError(f"{stem} is 7x7: an ImageNet stem; only CIFAR ResNets with a 3x3 stem are supported")
-    prefix = stem.removesuffix("conv1.weight" if stem.endswith("conv1.weight") else "0.weight")
-    inside = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    inside, stem_relu = (inside, True) if stem.endswith("conv1.weight") else name_children(inside)
-    backbone = {name.replace(".shortcut.", ".downsample."): value
-                for name, value in inside.items() if name.split(".")[0] not in HEADS}
-    return backbone, len(tensors) - len(backbone), recognize(file, tensors, prefix), stem_relu
+    prefix, inside = prefix_of(stem), {}
+    for name in (name.removeprefix(prefix) for name in tensors if name.startswith(prefix)):
+        root = re.split("[./]", name)[0]
+        another = name.startswith(f"{root}/") and root not in CHILDREN and not root.isdecimal()  # dict: an optimizer's
+        if root not in HEADS and not another:
+            inside[name.replace("/", ".")] = tensors[prefix + name]
+    inside, stem_relu = (inside, True) if "conv1.weight" in inside else name_children(inside)
+    found = {name.replace(".shortcut.", ".downsample."): value for name, value in inside.items()
+             if name.split(".")[0] != "head" and (value.dtype == torch.int64 or not name.endswith("batches_tracked"))}
+    backbone = ARCHS[arch](found["conv1.weight"].shape[0] if width is None else width)
+    own = backbone.state_dict()
+    counters = {name: own[name] for name in own if name.endswith("num_batches_tracked") and name not in found}
+    load_tensors(backbone, counters | found)  # they change nothing: their absence neither
+    origin = recognize(file, tensors, prefix)
+    backbone.conv1.padding, backbone.stem_relu = (origin.stem_padding, origin.stem_padding), stem_relu
+    others = sum(name.startswith(re.match("(.*?/)?", prefix)[0]) for name in tensors) - len(found)
+    notes = [f"{origin.name}; {len(found)} of {len(own)} backbone tensors matched"]
+    notes += [f"{others} other tensors (heads, copies) ignored"] * (others > 0)
+    notes += [f"stem padded by {origin.stem_padding}"] * (origin.stem_padding != 1)
+    notes += ["no ReLU after the stem"] * (not stem_relu)
+    notes += [f"trained there on images normalized by mean {origin.normalization}"] * bool(origin.normalization)
+    return backbone, ", ".join(notes)
 
 
 def name_children(tensors):
@@ -101,24 +187,25 @@ def name_children(tensors):
 
 
 def recognize(file, tensors, prefix):
-    """The Origin of a checkpoint, from the names of its tensors."""
-    roots = {name.split(".")[0] for name in tensors}
-    if roots - {"predictor"} == {"backbone", "projector"} and "model" in file:  # the study has runs without predictor
+    """The Origin of a checkpoint, from the names in it."""
+    parts = {part for name in tensors for part in re.split("[./]", name)}
+    if isinstance(file, dict) and {"format", "machine", "config"} <= file.keys():
         return Origin("checkpoint.pt of this project")
-    if roots & {"projection_head", "prediction_head"}:
+    if parts & {"projection_head", "prediction_head"}:
         return Origin("lightly checkpoint", IMAGENET)
-    if "classifier" in roots and "pytorch-lightning_version" in file:
+    if "classifier" in parts and "pytorch-lightning_version" in file:
         return Origin("solo-learn checkpoint", stem_padding=2)
-    if {"classifier", "projector", "predictor"} <= roots:
-        return Origin(f"CIFAR ResNet at {prefix}* (a solo-learn state dict? its stem pads by 2, which is not set here)")
-    if any(name.startswith("encoder.fc.") for name in tensors):
+    where = f"CIFAR ResNet at {prefix.replace('/', '.')}*" if prefix else "state dict of a CIFAR ResNet"
+    if {"classifier", "projector", "predictor"} <= parts:
+        return Origin(f"{where} (a solo-learn state dict? its stem pads by 2, which is not set here)")
+    if any("encoder.fc." in name for name in tensors):
         return Origin("facebookresearch/simsiam checkpoint", IMAGENET)
-    if {"backbone", "encoder"} <= roots:
+    if {"backbone", "encoder"} <= parts:
         if any(".shortcut." in name for name in tensors):
             return Origin("Reza-Safdari/SimSiam-91.9-top1-acc-on-CIFAR10 checkpoint",
                           "0.4914 0.4822 0.4465 and std 0.2023 0.1994 0.2010")
         return Origin("PatrickHua/SimSiam checkpoint", IMAGENET)
-    return Origin(f"CIFAR ResNet at {prefix}*" if prefix else "state dict of a CIFAR ResNet")
+    return Origin(where)
 
 
 def load_tensors(module, tensors):
@@ -145,11 +232,13 @@ def load_tensors(module, tensors):
 
 
 def fitting_arch(tensors):
-    """A hint: the network with exactly these names and shapes."""
-    shapes = {name: value.shape for name, value in tensors.items()}
+    """A hint: the network with exactly these names and shapes, apart from num_batches_tracked."""
+    def shapes_of(tensors):
+        return {name: value.shape for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
+
     width = max(1, len(tensors.get("conv1.weight", ())))
     for arch, make in ARCHS.items():
         with torch.device("meta"):
-            if {name: value.shape for name, value in make(width).state_dict().items()} == shapes:
+            if shapes_of(make(width).state_dict()) == shapes_of(tensors):
                 return f"they fit {arch} of width {width}"
     return "check arch and width"
