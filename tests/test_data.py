@@ -1,15 +1,19 @@
 """The data sets against torchvision's, and what the built-in shapes guarantee."""
 import hashlib
+import os
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
+from torchvision.datasets import CIFAR10
 from torchvision import transforms
 
 from utils.augment import MEAN, STD
-from utils.data import balanced_subset, load_dataset, load_folder
+from utils.data import balanced_subset, load_dataset, load_folder, read_image
 from utils.shapes import draw_shapes
 
 CPU = torch.device("cpu")
@@ -111,3 +115,83 @@ def test_load_folder_matches_image_folder(tmp_path, capsys):
         load_folder(str(tmp_path), 40)
     with pytest.raises(OSError, match="images"):
         load_folder(str(tmp_path / ".hidden"), 40)
+    (tmp_path / "b" / "none").mkdir()
+    (tmp_path / "b" / "none" / "notes.txt").touch()
+    with pytest.raises(OSError, match="none"):
+        load_folder(str(tmp_path / "b"), 40)
+
+
+def test_the_same_picture_in_any_mode_is_the_same_image(tmp_path, capsys):
+    """16-bit gray as 8-bit gray, transparency on white, orientation tags, and what has no defined range."""
+    gray = torch.randint(256, (40, 56), generator=torch.Generator().manual_seed(0)).byte().numpy()
+    color = Image.fromarray(np.stack((gray, gray.T.reshape(40, 56), 255 - gray), axis=2))
+    binary = Image.fromarray(np.where(gray > 127, 255, 0).astype(np.uint8))
+    glass = color.copy()
+    glass.putalpha(Image.fromarray(gray))
+    on_white = np.asarray(color) * (gray[..., None] / 255) + 255 - gray[..., None]
+    palette = color.quantize(64)
+    transparent = palette.copy()
+    transparent.info["transparency"] = 0
+    holes = np.where(np.asarray(palette)[..., None] == 0, 255, np.asarray(palette.convert("RGB")))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    sixteen = Image.fromarray(gray.astype(np.uint16) * 257)
+    cases = [  # name, file, and the RGB image that it is
+        ("gray.png", Image.fromarray(gray), np.stack([gray] * 3, 2)), ("16.png", sixteen, np.stack([gray] * 3, 2)),
+        ("16.tiff", sixteen, np.stack([gray] * 3, 2)), ("16.pgm", sixteen, np.stack([gray] * 3, 2)),
+        ("big-endian.tif", Image.fromarray((gray.astype(">u2") * 257).astype(">u2")), np.stack([gray] * 3, 2)),
+        ("1-bit.png", binary.convert("1"), np.asarray(binary.convert("RGB"))), ("color.bmp", color, np.asarray(color)),
+        ("alpha.png", glass, on_white), ("palette.png", palette, np.asarray(palette.convert("RGB"))),
+        ("transparent.png", transparent, holes), ("gray-alpha.png", glass.convert("LA"), None),
+        ("cmyk.tif", color.convert("CMYK"), np.asarray(color)),
+        ("turned.png", color.transpose(Image.Transpose.ROTATE_90), np.asarray(color)),
+    ]
+    for name, image, expected in cases:
+        image.save(tmp_path / name, **({"exif": turned} if name == "turned.png" else {}))
+        if expected is not None:
+            read = np.asarray(read_image(tmp_path / name)).astype(float)
+            assert read.shape == (40, 56, 3) and np.abs(read - expected).max() <= 1, name
+    (tmp_path / "notes.txt").write_text("text")
+    (tmp_path / "moving.gif").write_bytes(b"GIF")
+    (tmp_path / "._gray.png").write_bytes(b"not data")
+    capsys.readouterr()
+    assert len(load_folder(str(tmp_path), 16)[0]) == len(cases)
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and "2 files skipped: 1 .txt, 1 .gif" in warning.replace("1 .gif, 1 .txt", "1 .txt, 1 .gif")
+    for dtype, name in ((np.int32, "32.tif"), (np.float32, "float.tiff"), (np.int16, "signed.tif")):
+        Image.fromarray(gray.astype(dtype)).save(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name}.*range"):
+            load_folder(str(tmp_path), 16)
+        (tmp_path / name).unlink()
+
+
+def test_hidden_files_and_folders_are_no_data_at_any_depth(tmp_path):
+    image = Image.new("RGB", (8, 8))
+    for name in ("a/1.png", "a/deep/2.png", "a/.cache/3.png", "a/deep/._2.png", ".ipynb_checkpoints/4.png", "b/5.png",
+                 "__MACOSX/a/6.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / name)
+    _, labels, classes, files = load_folder(str(tmp_path), 8)
+    assert classes == ["a", "b"] and labels.tolist() == [0, 0, 1]
+    assert [os.path.relpath(file, tmp_path) for file in files] == ["a/1.png", "a/deep/2.png", "b/5.png"]
+
+
+@pytest.mark.parametrize("root", ["{}", "{}/..", "{}/cifar-10-batches-py", "{}/cifar-10-batches-py/", "renamed/files"])
+def test_a_root_one_level_too_high_or_too_deep_is_understood(root, tmp_path, monkeypatch, capsys):
+    """With files of CIFAR's format that are too small to pass its checksums, in a folder that may not be written."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "my data é" / "cifar-10-batches-py"
+    if root == "renamed/files":
+        folder = tmp_path / "renamed" / "files"
+    folder.mkdir(parents=True)
+    for name in [name for name, _ in CIFAR10.train_list + CIFAR10.test_list]:
+        batch = {"data": np.zeros((2, 3072), dtype=np.uint8), "labels": [0, 9]}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("0123456789")}))
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda dataset: True)
+    monkeypatch.setattr(CIFAR10, "_load_meta", lambda dataset: setattr(dataset, "classes", list("0123456789")))
+    for path in (folder, folder.parent):
+        path.chmod(0o555)
+    data = load_dataset("cifar10", root.format("my data é"), CPU)
+    assert data.train_images.shape == (10, 3, 32, 32) and data.test_labels.tolist() == [0, 9]
+    assert ("reading" in capsys.readouterr().out) == (root != "{}")

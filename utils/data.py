@@ -1,14 +1,19 @@
 """Data sets as uint8 tensors: CIFAR-10 and CIFAR-100 from torchvision, the built-in shapes, and folders of images."""
+import collections
+import contextlib
+import glob
 import os
 from typing import NamedTuple
 
+import numpy
 import torch
+from PIL import Image, ImageOps
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset, pil_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional
 
 from utils import shapes
-from utils.cli import bar, warn
+from utils.cli import bar, info, warn
 
 CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 DATASETS = (*CIFAR, "shapes")
@@ -52,49 +57,83 @@ def load_dataset(name, root, device, train_size=None, test_size=None):
 
 
 def open_cifar(name, root):
-    """Both splits as torchvision data sets; missing or damaged files (by MD5) are downloaded."""
+    """Both splits as torchvision data sets; missing or damaged files (by MD5) are downloaded. root may also be the
+    folder of the files itself, or the parent of the one that has it."""
+    own = CIFAR[name]
+    below = sorted(glob.glob(os.path.join(glob.escape(root), "*", own.base_folder)))
+    places = [os.path.join(root, own.base_folder), root, *below]
+    place = next((place for place in places for file, _ in (*own.train_list, *own.test_list)
+                  if os.path.exists(os.path.join(place, file))), places[0])
+    if place != places[0]:
+        info(f"{root}: reading {place}")
+    parent, folder = os.path.split(os.path.abspath(place))
     existed = os.path.lexists(root)
     try:
-        return [CIFAR[name](root, train=train, download=train) for train in (True, False)]
+        found = type(own.__name__, (own,), {"base_folder": folder})  # torchvision's, in a folder of any name
+        return [found(parent, train=train, download=train) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         if not existed and os.path.isdir(root) and not os.listdir(root):
             os.rmdir(root)
-        raise OSError(f"{root!r} has no intact {CIFAR[name].base_folder}, and the download failed ({error}); point "
+        raise OSError(f"{root!r} has no intact {own.base_folder}, and the download failed ({error}); point "
                       "--data_root (main_lincls.py: DIR) at a copy, or try --dataset shapes") from error
 
 
 def load_folder(folder, size):
     """The images of a folder, resized (short side) and center-cropped: uint8 [N, 3, size, size]; labels int64 [N],
     class names and file paths. Classes are the subfolders, as in ImageFolder; without any, every label is -1. Hidden
-    names are ignored. Raises OSError for a folder without images and for an image that cannot be read."""
+    files and folders, of macOS too, are ignored; files of other types are counted in a warning. Raises OSError for a
+    folder without images, and naming it for an image that cannot be read, ValueError for one of unknown range."""
     if not os.path.isdir(folder):
         raise OSError(f"{folder!r}: no such folder")
-    entries = sorted((entry for entry in os.scandir(folder) if not entry.name.startswith(".")), key=lambda e: e.name)
-    files = [entry.path for entry in entries if entry.name.lower().endswith(IMG_EXTENSIONS) and entry.is_file()]
-    labels, classes = [-1] * len(files), [entry.name for entry in entries if entry.is_dir()]
-    if classes:
-        if files:
-            warn(f"{folder}: {len(files)} images outside the class folders are ignored")
-        files, labels = zip(*make_dataset(folder, {name: i for i, name in enumerate(classes)}, IMG_EXTENSIONS))
-    if not files:
-        raise OSError(f"{folder!r}: no images ({', '.join(IMG_EXTENSIONS)})")
+    names = [name for name in glob.glob("**/*", root_dir=folder, recursive=True)  # the hidden ones are not among them
+             if not name.startswith("__MACOSX") and not os.path.isdir(os.path.join(folder, name))]
+    classes = sorted({name.split(os.sep)[0] for name in names if os.sep in name})
+    files, labels, skipped = [], [], collections.Counter()
+    for name in sorted(names, key=lambda name: name.split(os.sep)):
+        if not name.lower().endswith(IMG_EXTENSIONS):
+            skipped[os.path.splitext(name)[1] or name] += 1
+        elif classes and os.sep not in name:
+            skipped["images outside the class folders"] += 1
+        else:
+            files.append(os.path.join(folder, name))
+            labels.append(classes.index(name.split(os.sep)[0]) if classes else -1)
+    if skipped:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common(9))
+        warn(f"{folder}: {skipped.total()} files skipped: {kinds}")
+    empty = [os.path.join(folder, name) for label, name in enumerate(classes) if label not in labels]
+    if empty or not files:
+        raise OSError(f"{(empty or [folder])[0]!r}: no images ({', '.join(IMG_EXTENSIONS)})")
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
     for i, file in enumerate(bar(files, desc="images", leave=False, delay=2)):
-        try:
-            image = pil_loader(file)
-        except Exception as error:  # of any type: Pillow parses arbitrary bytes
-            raise OSError(f"{file}: not an image that can be read") from error
-        image = functional.center_crop(functional.resize(image, [size]), [size, size])
+        image = functional.center_crop(functional.resize(read_image(file), [size]), [size, size])
         images[i] = functional.pil_to_tensor(image)
-    return images, torch.tensor(labels), classes, list(files)
+    return images, torch.tensor(labels), classes, files
+
+
+def read_image(file):
+    """An image file as RGB, by Pillow: turned as its orientation tag says, transparent parts on white, the first of
+    several frames, 16-bit gray divided by 257. Raises OSError, and ValueError for 32-bit and float values."""
+    try:
+        with Image.open(file) as opened:
+            opened.load()
+            image = opened
+            with contextlib.suppress(Exception):  # a damaged tag says nothing
+                image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I;16") or image.mode == "I" and opened.format in ("PNG", "PPM"):
+                image = Image.fromarray((numpy.asarray(image) / 257).round().astype(numpy.uint8))
+            elif "A" in image.getbands() or "transparency" in image.info:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            if image.mode not in ("I", "F"):
+                return image.convert("RGB")
+    except Exception as error:  # of any type: Pillow parses arbitrary bytes
+        raise OSError(f"{file}: not an image that can be read ({error})") from error
+    raise ValueError(f"{file}: the range of 32-bit values is not known; save it with 8 or 16 bits")
 
 
 def balanced_subset(labels, fraction, seed):
     """Indices, int64 and sorted, of a fraction of each class, at least one, drawn by the seed."""
     generator = torch.Generator().manual_seed(seed)
-    chosen = []
-    for label in labels.unique().tolist():
-        rows = torch.nonzero(labels.cpu() == label)[:, 0]
-        count = max(1, round(fraction * len(rows)))
-        chosen.append(rows[torch.randperm(len(rows), generator=generator)[:count]])
+    classes = [torch.nonzero(labels.cpu() == label)[:, 0] for label in labels.unique().tolist()]
+    chosen = [rows[torch.randperm(len(rows), generator=generator)[:max(1, round(fraction * len(rows)))]]
+              for rows in classes]
     return torch.cat(chosen).sort().values
