@@ -7,6 +7,7 @@
 The second takes about two hours on one CPU core: with stop-gradient kNN ends at 30 %, without at 20 %. Options that are
 not listed here go to main.py. Finished runs are skipped, interrupted ones resumed.
 """
+import contextlib
 import glob
 import itertools
 import os
@@ -17,7 +18,7 @@ import subprocess
 import sys
 
 from utils import checkpoint, log
-from utils.cli import Parser, info, real_number, run_script, say, warn, whole_number
+from utils.cli import Parser, file_path, handle_signals, info, real_number, run_script, say, warn, whole_number
 from utils.metrics import collapse_std
 from utils.plot import COLORS, curve, figure, mark_levels
 from utils.run import read_config
@@ -55,7 +56,7 @@ def make_parser():
     parser.add_argument("--epochs", type=whole_number(1), default=200, metavar="N", help="epochs of each run")
     parser.add_argument("--batch_size", type=whole_number(2), default=512, metavar="N", help="except in batch_size")
     parser.add_argument("--learning_rate", type=real_number, metavar="LR", help="for --batch_size; scaled for others")
-    parser.add_argument("--exp_dir", default="experiments/ablations", metavar="DIR", help="folder of the runs")
+    parser.add_argument("--exp_dir", type=file_path, default="experiments/ablations", metavar="DIR", help="of the runs")
     parser.add_argument("--table", action="store_true", help="run nothing: table and figures of the runs in --exp_dir")
     return parser
 
@@ -73,10 +74,12 @@ def run_main(options):
     """Run main.py; signals are passed on, so that it can save its checkpoint. Returns its exit code."""
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "main.py")
     process = subprocess.Popen([sys.executable, script, *options], start_new_session=True)  # Ctrl-C reaches it once
-    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    for number in usual:
-        if usual[number] != signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: process.send_signal(number))
+
+    def pass_on(number, frame):
+        with contextlib.suppress(ValueError):  # Windows can send few signals, and Ctrl-C reaches both there
+            process.send_signal(number)
+
+    usual = handle_signals(pass_on)
     code = process.wait()
     for number in usual:
         signal.signal(number, usual[number])
@@ -153,7 +156,7 @@ def write_tables(folder):
             lines += [f"**{study}**", "", table(results), ""]
             plot_study(study, results, folder)
     checkpoint.write(os.path.join(folder, "ablations.md"), "\n".join(lines).encode())
-    print("\n".join(lines))
+    say("\n".join(lines))
 
 
 def main(argv=None):

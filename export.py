@@ -8,6 +8,7 @@
 features: float32 features and labels of a data set or a folder of images. release: weights/NAME.pt in fp16, its linear
 classifier, and weights/NAME.json with the accuracies after rounding. check: measure them again, loaded by torch.hub.
 """
+import contextlib
 import datetime
 import hashlib
 import io
@@ -21,7 +22,9 @@ import hubconf
 import simsiam
 from utils import checkpoint, log
 from utils.augment import MEAN, SIZE, STD
-from utils.cli import Parser, add_data_options, add_device_options, add_normalization, run_script, warn, whole_number
+from utils.cli import (
+    Parser, add_data_options, add_device_options, add_normalization, file_path, run_script, say, warn, whole_number,
+)
 from utils.data import DATASETS, load_dataset, load_folder
 from utils.device import autocast, describe, select_device, select_precision
 from utils.knn import extract_features, knn_accuracy
@@ -37,22 +40,22 @@ def make_parser():
     parser = Parser(prog="export.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="features|release|check")
     features = commands.add_parser("features", help="features and labels to .npz")
-    features.add_argument("--pretrained", required=True, metavar="CHECKPOINT", help="checkpoint with the backbone")
+    features.add_argument("--pretrained", required=True, type=file_path, metavar="CHECKPOINT", help="backbone")
     features.add_argument("--arch", choices=simsiam.ARCHS, default="resnet18", help="backbone")
-    features.add_argument("--output", required=True, metavar="FILE", help="new .npz file")
+    features.add_argument("--output", required=True, type=file_path, metavar="FILE", help="new .npz file")
     add_data_options(features, DATASETS)
-    features.add_argument("--images", metavar="FOLDER", help="folder of images, with a subfolder per class or without")
+    features.add_argument("--images", type=file_path, metavar="FOLDER", help="images, in class folders or not")
     features.add_argument("--size", type=whole_number(8), default=SIZE, metavar="N", help="resize --images to N pixels")
     add_normalization(features, MEAN, STD)
-    release = commands.add_parser("release", help="weights/NAME.pt, its classifier and NAME.json")
-    release.add_argument("run", metavar="RUN", help="folder of a finished run of main.py")
-    release.add_argument("--linear", required=True, metavar="FOLDER", help="folder of its linear evaluation")
+    release = commands.add_parser("release", help="weights/NAME.pt, .safetensors, its classifier and NAME.json")
+    release.add_argument("run", type=file_path, metavar="RUN", help="folder of a finished run of main.py")
+    release.add_argument("--linear", required=True, type=file_path, metavar="FOLDER", help="its linear evaluation")
     release.add_argument("--name", required=True, choices=HUB, metavar="NAME", help="torch.hub entry to release it as")
     check = commands.add_parser("check", help="measure released weights again")
     check.add_argument("name", choices=HUB, metavar="NAME", help="torch.hub entry")
     for command in (release, check):
-        command.add_argument("--weights", default="weights", metavar="DIR", help="folder of the weights")
-        command.add_argument("--data_root", default="data", metavar="DIR", help="folder with the data")
+        command.add_argument("--weights", type=file_path, default="weights", metavar="DIR", help="folder of weights")
+        command.add_argument("--data_root", type=file_path, default="data", metavar="DIR", help="folder of the data")
     for command in (features, release, check):
         add_device_options(command)
     return parser
@@ -62,7 +65,7 @@ def export_features(args):
     if os.path.lexists(args.output):
         raise ValueError(f"{args.output} exists")
     device = select_device(args.gpu)
-    backbone = simsiam.load_backbone(checkpoint.load(args.pretrained), args.arch, name=args.pretrained).to(device)
+    backbone = simsiam.load_backbone(args.pretrained, args.arch, verbose=say).to(device)
     if args.images is not None:
         images, labels, classes, files = load_folder(args.images, args.size)
         splits, arrays = {"": (images, labels)}, {"files": numpy.array(files, dtype=str)}
@@ -77,7 +80,7 @@ def export_features(args):
     content = io.BytesIO()
     numpy.savez(content, classes=numpy.array(classes, dtype=str), **arrays)
     checkpoint.write(args.output, content.getbuffer())
-    print(f"{args.output}: {', '.join(f'{name} {list(array.shape)}' for name, array in arrays.items())}")
+    say(f"{args.output}: {', '.join(f'{name} {list(array.shape)}' for name, array in arrays.items())}")
 
 
 def measure(backbone, classifier, linear, settings, args):
@@ -121,6 +124,9 @@ def release(args):
     os.makedirs(args.weights, exist_ok=True)
     checkpoint.write(path, content)
     checkpoint.save(os.path.join(args.weights, f"{args.name}-linear.pt"), classifier)
+    with contextlib.suppress(ImportError):  # an optional package
+        import safetensors.torch
+        checkpoint.write(os.path.join(args.weights, f"{args.name}.safetensors"), safetensors.torch.save(half))
     checkpoint.write_json(os.path.join(args.weights, f"{args.name}.json"), {
         "file": f"{args.name}.pt", "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content),
         "arch": settings["arch"], "width": settings["width"], "feature_dim": backbone.feature_dim, "mean": MEAN,
@@ -128,7 +134,7 @@ def release(args):
         "linear_evaluation": evaluation, "recipe": settings, "date": datetime.date.today().isoformat(),
         **{name: config[name] for name in ("commit", "device", "versions")},
     })
-    print(f"{path}: {', '.join(f'{name} {value:.2f} %' for name, value in accuracies.items())}")
+    say(f"{path}: {', '.join(f'{name} {value:.2f} %' for name, value in accuracies.items())}")
 
 
 def check(args):
@@ -138,9 +144,9 @@ def check(args):
     backbone = torch.hub.load(HERE, args.name, source="local", folder=args.weights)
     classifier = checkpoint.load(os.path.join(args.weights, f"{args.name}-linear.pt"))
     accuracies, measured_with = measure(backbone, classifier, about["linear_evaluation"], about["recipe"], args)
-    print(f"{args.name}: {measured_with}")
+    say(f"{args.name}: {measured_with}")
     for name, value in accuracies.items():
-        print(f"{name:7} published {about['accuracies'][name]:6.2f} %  measured {value:6.2f} %")
+        say(f"{name:7} published {about['accuracies'][name]:6.2f} %  measured {value:6.2f} %")
     return int(any(abs(value - about["accuracies"][name]) > TOLERANCE + 1e-9 for name, value in accuracies.items()))
 
 

@@ -14,6 +14,7 @@ import math
 import os
 import shlex
 import shutil
+import sys
 import time
 from functools import partial
 
@@ -25,7 +26,7 @@ from utils import log
 from utils.augment import SCALE, apply_two_views, draw_views, epoch_generator
 from utils.cli import (
     Parser, Progress, Stopped, StopRequest, add_data_options, add_device_options, add_run_options, fraction, info,
-    real_number, run_script, say, set_quiet, warn, whole_number,
+    real_number, run_script, say, warn, whole_number,
 )
 from utils.data import DATASETS, load_dataset
 from utils.device import autocast, compile_for, describe, memory_layout, select_device, select_precision
@@ -243,16 +244,17 @@ def set_up(parser, args, argv):
     if args.batch_size > len(data.train_images):
         raise ValueError(f"--batch_size {args.batch_size}: there are {len(data.train_images)} training images")
     torch.backends.cudnn.benchmark = not args.deterministic
+    torch.use_deterministic_algorithms(args.deterministic)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
     parts = build(args, device)
     if state is None:
         state = new_epoch(0) | {"time": 0.0}
-        run = start_run("main.py", folder, args, device, run_files(args, device, state, **parts))
+        run = start_run(["main.py", *argv], folder, args, device, run_files(args, device, state, **parts))
     else:
         restore(state, device, model=partial(simsiam.load_tensors, parts["model"]),
-                optimizer=parts["optimizer"].load_state_dict, scaler=parts["scaler"].load_state_dict)
+                optimizer=parts["optimizer"].load_state_dict,
+                scaler=lambda saved: saved and parts["scaler"].load_state_dict(saved))  # empty unless fp16
         run = Run("main.py", folder, state["epoch"], args.tensorboard)
     return args, device, data, parts, run, state
 
@@ -269,21 +271,20 @@ def start(args, device, data, model, run, stop):
 
 
 def main(argv=None):
-    begin = time.monotonic()
+    begin, argv = time.monotonic(), sys.argv[1:] if argv is None else argv
     parser = make_parser()
     args = parser.parse_args(argv)
-    set_quiet(args.quiet)
     with parser.user_errors():
         args, device, data, parts, run, state = set_up(parser, args, argv)
     if state["epoch"] >= args.epochs:
         say(f"{run.folder}: already finished, epoch {state['epoch']} of {args.epochs}")
         return 0
-    info(f"{run.folder}: {args.arch}, width {args.width}, {args.dataset}, {len(data.train_images)} images, "
-         f"{describe(device)}, {args.precision}")
-    if device.type == "cpu" and args.width > 16:
-        info("No GPU in use. Two CPU cores train 50 to 115 views/s at width 64, 600 to 1,000 with --width 16.")
     try:
-        with StopRequest(args.max_minutes, begin) as stop:
+        with contextlib.closing(run), StopRequest(args.max_minutes, begin) as stop:
+            info(f"{run.folder}: {args.arch}, width {args.width}, {args.dataset}, {len(data.train_images)} images, "
+                 f"{describe(device)}, {args.precision}")
+            if device.type == "cpu" and args.width > 16:
+                info("No GPU in use. Two CPU cores train 50 to 115 views/s at width 64, 600 to 1,000 with --width 16.")
             if state["epoch"] == state["step"] == 0:
                 start(args, device, data, parts["model"], run, stop)
             code = pretrain(args, device, data, **parts, run=run, state=state, stop=stop, begin=begin - state["time"])

@@ -9,9 +9,11 @@ is the paper's protocol: SGD on random crops and flips; the result is the top-1 
 images. --features cached computes the features once, without augmentation, and fits the L2-regularized softmax
 regression by L-BFGS until it converges: no learning rate to choose, and a minute on a CPU at width 16.
 """
+import contextlib
 import math
 import os
 import shlex
+import sys
 import time
 
 import utils  # noqa: F401 (before torch)
@@ -23,7 +25,7 @@ from utils import checkpoint
 from utils.augment import MEAN, STD, crop_flip, draw_views, epoch_generator, normalize
 from utils.cli import (
     Parser, Progress, Stopped, StopRequest, add_data_options, add_device_options, add_normalization, add_run_options,
-    bar, fraction, info, real_number, run_script, say, set_quiet, warn, whole_number,
+    bar, file_path, fraction, info, real_number, run_script, say, warn, whole_number,
 )
 from utils.data import DATASETS, balanced_subset, load_dataset
 from utils.device import autocast, compile_for, describe, select_device, select_precision
@@ -44,7 +46,7 @@ def make_parser():
     data.add_argument("--num_cls", type=whole_number(2), metavar="N", help="classes (default: the data set's)")
     data.add_argument("--fraction", type=fraction, default=1.0, metavar="F", help="share of the labels, by --seed")
     backbone = parser.add_argument_group("backbone")
-    backbone.add_argument("--pretrained", metavar="CHECKPOINT", help="backbone to evaluate (required)")
+    backbone.add_argument("--pretrained", type=file_path, metavar="CHECKPOINT", help="backbone to evaluate (required)")
     backbone.add_argument("--arch", choices=simsiam.ARCHS, default="resnet18", help="backbone")
     backbone.add_argument("--width", type=whole_number(1), metavar="N", help="default: the checkpoint's")
     add_normalization(backbone, MEAN, STD)
@@ -52,7 +54,7 @@ def make_parser():
     training.add_argument("--features", choices=("augmented", "cached"), default="augmented", help="SGD, or L-BFGS")
     training.add_argument("--weight_decay", type=real_number, metavar="WD", help="default: 0 for SGD, 1e-4 for L-BFGS")
     training.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="random seed")
-    training.add_argument("--evaluate", metavar="CLASSIFIER", help="train nothing, test this classifier.pt")
+    training.add_argument("--evaluate", type=file_path, metavar="CLASSIFIER", help="only test this classifier.pt")
     training.add_argument("--epochs", type=whole_number(1), default=100, metavar="N", help="number of epochs")
     training.add_argument("--batch_size", type=whole_number(1), default=256, metavar="N", help="images per step")
     training.add_argument("--lr", type=real_number, metavar="LR", help="learning rate (default: 30 * batch_size / 256)")
@@ -191,11 +193,11 @@ def report(args, data, classifier, record, confusion, run):
     record = record or run.records[-1]
     results = {"images": len(data.test_images), **record}
     which = "" if args.evaluate else f"epoch {record['epoch']}, " if args.features == "augmented" else "L-BFGS, "
-    print(f"linear top-1: {record['test_top1']:.2f} % ({which}{len(data.test_images):,} test images)")
+    say(f"linear top-1: {record['test_top1']:.2f} % ({which}{len(data.test_images):,} test images)")
     if args.evaluate is None:
         if args.features == "augmented":
             best = max(run.records, key=lambda each: each["test_top1"])
-            print(f"best epoch ({best['epoch']}): {best['test_top1']:.2f} %, chosen on the test images: not the result")
+            say(f"best epoch ({best['epoch']}): {best['test_top1']:.2f} %, chosen on the test images: not the result")
             results |= {"best_epoch": best["epoch"], "best_top1": best["test_top1"]}
         weights = {name: value.cpu() for name, value in classifier.state_dict().items()}
         run.attempt(checkpoint.save, run.path("classifier.pt"), weights)
@@ -235,8 +237,7 @@ def set_up(parser, args, argv):
         raise ValueError("--pretrained CHECKPOINT is required: the backbone to evaluate")
     device = select_device(args.gpu)
     args.precision = select_precision(args.precision, device)
-    backbone = simsiam.load_backbone(
-        checkpoint.load(args.pretrained), args.arch, args.width, not args.quiet, args.pretrained).requires_grad_(False)
+    backbone = simsiam.load_backbone(args.pretrained, args.arch, args.width, info).requires_grad_(False)
     args.backbone = checkpoint.digest(backbone.state_dict())
     if state is not None and state.get("backbone") != args.backbone:
         raise ValueError(f"--pretrained {args.pretrained}: not the backbone that {folder} evaluates")
@@ -257,7 +258,7 @@ def set_up(parser, args, argv):
     if state is None:
         state = {"epoch": 0}
         files = evaluation_files(args, device, [], classifier, optimizer)
-        run = start_run("main_lincls.py", folder, args, device, files)
+        run = start_run(["main_lincls.py", *argv], folder, args, device, files)
     else:
         restore(state, device, classifier=classifier.load_state_dict, optimizer=optimizer.load_state_dict)
         run = Run("main_lincls.py", folder, state["epoch"], args.tensorboard)
@@ -266,18 +267,17 @@ def set_up(parser, args, argv):
 
 
 def main(argv=None):
-    begin = time.monotonic()
+    begin, argv = time.monotonic(), sys.argv[1:] if argv is None else argv
     parser = make_parser()
     args = parser.parse_args(argv)
-    set_quiet(args.quiet)
     with parser.user_errors():
         args, device, data, *parts, run, state = set_up(parser, args, argv)
     if args.resume and os.path.exists(run.path(RESULTS)):
         say(f"{run.folder}: already finished, see {RESULTS}")
         return 0
-    info(f"{run.folder}: {args.dataset}, {len(data.train_images)} images, {describe(device)}, {args.precision}")
     try:
-        with StopRequest(args.max_minutes, begin) as stop:
+        with contextlib.closing(run), StopRequest(args.max_minutes, begin) as stop:
+            info(f"{run.folder}: {args.dataset}, {len(data.train_images)} images, {describe(device)}, {args.precision}")
             return evaluate(args, device, data, *parts, run, state, stop)
     except (MemoryError, torch.OutOfMemoryError) as error:
         return run.fail(f"out of memory ({str(error).split('. ')[0]}); lower --batch_size")

@@ -17,7 +17,9 @@ from matplotlib import colormaps
 import simsiam
 from utils import checkpoint
 from utils.augment import MEAN, STD, apply_two_views, denormalize, draw_views, epoch_generator
-from utils.cli import Parser, add_data_options, add_device_options, add_normalization, info, run_script, set_quiet
+from utils.cli import (
+    Parser, add_data_options, add_device_options, add_normalization, file_path, info, run_script,
+)
 from utils.data import DATASETS, load_dataset
 from utils.device import autocast, select_device, select_precision
 from utils.knn import K, TEMPERATURE, accuracy, extract_features, nearest, vote
@@ -32,9 +34,9 @@ FILES = {"trained": BACKBONE, "untrained": UNTRAINED}
 
 def make_parser():
     parser = Parser(prog="visualize.py", description=__doc__)
-    parser.add_argument("--pretrained", required=True, metavar="PATH", help="a run's folder or a checkpoint")
+    parser.add_argument("--pretrained", required=True, type=file_path, metavar="PATH", help="run or checkpoint")
     parser.add_argument("--arch", choices=simsiam.ARCHS, default="resnet18", help="backbone")
-    parser.add_argument("--output", metavar="DIR", help="folder for the figures (default: the run's)")
+    parser.add_argument("--output", type=file_path, metavar="DIR", help="folder for the figures (default: the run's)")
     add_normalization(parser, MEAN, STD)
     add_data_options(parser, DATASETS)
     add_device_options(parser)
@@ -142,7 +144,6 @@ def plot_spectrum(folder, spectra, numbers):
 def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
-    set_quiet(args.quiet)
     with parser.user_errors():
         args, files = find_files(parser, args, argv)
         device = select_device(args.gpu)
@@ -150,8 +151,8 @@ def main(argv=None):
         data = load_dataset(args.dataset, args.data_root, device, args.train_size, args.test_size)
         os.makedirs(args.output, exist_ok=True)
         numbers, spectra = {}, {}
-        for name, path in files.items():
-            backbone = simsiam.load_backbone(checkpoint.load(path), args.arch, verbose=not args.quiet, name=path)
+        for name, file in files.items():
+            backbone = simsiam.load_backbone(file, args.arch, verbose=info)
             backbone.to(device, memory_format=torch.channels_last)
             numbers[name], spectra[name], unit, similarities, indices, predicted = measure(backbone, data, args, device)
             info(f"{name}: {numbers[name]}")

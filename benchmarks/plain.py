@@ -20,7 +20,7 @@ from torchvision.datasets import CIFAR10
 
 from simsiam import SimSiam, resnet18, simsiam_loss
 from utils.augment import FLIP_P, GRAY_P, JITTER, JITTER_P, MEAN, RATIO, SCALE, SIZE, STD
-from utils.cli import Parser, run_script, whole_number
+from utils.cli import Parser, file_path, run_script, whole_number
 from utils.shapes import draw_shapes
 
 
@@ -47,7 +47,7 @@ class TwoViews:
 
 def main(argv=None):
     parser = Parser(prog="benchmarks/plain.py", description=__doc__)
-    parser.add_argument("--data_root", default="data", metavar="DIR", help="folder of cifar-10-batches-py; else shapes")
+    parser.add_argument("--data_root", type=file_path, default="data", metavar="DIR", help="of CIFAR-10; else shapes")
     parser.add_argument("--width", type=whole_number(1), default=64, metavar="N", help="channels of the first stage")
     parser.add_argument("--batch_size", type=whole_number(2), default=512, metavar="N", help="images per step")
     parser.add_argument("--steps", type=whole_number(1), default=97, metavar="N", help="steps to time")

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from benchmarks import plain
 from utils.augment import apply_two_views, draw_views, epoch_generator
-from utils.cli import Parser, add_device_options, run_script, whole_number
+from utils.cli import Parser, add_device_options, file_path, run_script, whole_number
 from utils.device import describe, select_device, select_precision
 
 WHAT = ("end_to_end", "views")
@@ -61,7 +61,7 @@ def write_profile(args, device, width, batch):
     steps = args.steps or (24 if device.type == "cuda" else 6)
     sizes = f"--width {width} --batch_size {batch} --train_size {steps * batch} --epochs 1"
     pretrain, options = runpy.run_path(str(ROOT / "main.py"))["main"], [*args.main, *sizes.split(), "--exp_dir"]
-    with open(args.profile, "w") as file, tempfile.TemporaryDirectory() as folder:
+    with open(args.profile, "w", encoding="utf-8") as file, tempfile.TemporaryDirectory() as folder:
         pretrain([*options, os.path.join(folder, "warm-up")])  # else compilation and tuning fill the profile
         with torch.profiler.profile() as profiler:
             code = pretrain([*options, os.path.join(folder, "profiled")])
@@ -118,9 +118,9 @@ def main(argv=None):
     parser.add_argument("--batch", nargs="+", type=whole_number(2), metavar="N", help="images per step")
     parser.add_argument("--steps", type=whole_number(1), metavar="N", help="steps per measurement (default: by device)")
     parser.add_argument("--rounds", type=whole_number(1), default=3, metavar="N", help="measurements per figure")
-    parser.add_argument("--json", metavar="FILE", default=os.devnull, help="write all measurements, row by row")
-    parser.add_argument("--profile", metavar="FILE", help="only write a profile of a short epoch of main.py")
-    parser.add_argument("--data_root", default="data", metavar="DIR", help="folder of cifar-10-batches-py; else shapes")
+    parser.add_argument("--json", type=file_path, metavar="FILE", default=os.devnull, help="write all measurements")
+    parser.add_argument("--profile", type=file_path, metavar="FILE", help="only write a profile of a short epoch")
+    parser.add_argument("--data_root", type=file_path, default="data", metavar="DIR", help="of CIFAR-10; else shapes")
     add_device_options(parser, compiled=True)
     args = parser.parse_args(argv)
     with parser.user_errors():

@@ -14,6 +14,7 @@ import ablate
 import export
 import main as pretraining
 import main_lincls
+import simsiam
 from conftest import SMALL
 from utils import checkpoint
 
@@ -40,9 +41,9 @@ from utils import checkpoint
     ("--weight-decay 0", ["did you mean --weight_decay?"]),
     ("--lr 0.1", ["did you mean --learning_rate?"]),
     ("--dataset cifar-10", ["did you mean cifar10?"]),
-    ("--resume ''", ["no such file"]),
+    ("--resume ''", ["'': No such file"]),
     ("--resume .", ["is a folder"]),
-    ("--resume nowhere.pt", ["nowhere.pt", "no such file"]),
+    ("--resume nowhere.pt", ["'nowhere.pt': No such file"]),
     ("--resume a/checkpoint.pt --trial b", ["omit --trial"]),
     ("--seed 99999999999999999999", ["--seed", "4294967295"]),
     ("--dim 4000000000", ["memory"]),
@@ -60,7 +61,7 @@ def test_main_refuses(refused, no_gpu, args, words):
     ("--features cached --weight_decay 0", ["--weight_decay 0", "converge"]),
     ("--width 8", ["width"]),
     ("--arch resnet34", ["resnet18 of width 4"]),
-    ("--pretrained none.pt", ["none.pt", "no such file"]),
+    ("--pretrained none.pt", ["'none.pt': No such file"]),
     ("--evaluate none.pt", ["none.pt"]),
     ("--evaluate a --resume auto", ["--evaluate"]),
     ("--learning_rate 1", ["did you mean"]),
@@ -130,16 +131,19 @@ class Code:
 
 
 @pytest.mark.parametrize("content, words", [
-    (b"", "the file is empty"), (b"no checkpoint", "truncated or damaged"),
-    (pickle.dumps([1, 2]), "truncated or damaged"), (Code(), "test_bad_input.Code"),
+    (b"", "the file is empty"), (b"no checkpoint", "no checkpoint"), (pickle.dumps([1, 2]), "pickle"), (Code(), "code (test_bad_input.Code)"),
 ])
 def test_files_that_are_no_checkpoints_are_refused(refused, no_gpu, tmp_path, content, words):
     if isinstance(content, bytes):
         (tmp_path / "file.pt").write_bytes(content)
     else:
         torch.save(content, tmp_path / "file.pt")
-    for args in (["--resume", "file.pt"], ["--dataset", "shapes", "--pretrained", "file.pt"]):
-        refused(pretraining.main if "--resume" in args else main_lincls.main, args, "file.pt", words)
+    for option in ("--pretrained", "--evaluate"):
+        backbone = os.path.join("..", "backbone.pt")
+        checkpoint.save(backbone, simsiam.resnet18(4).state_dict())
+        args = ["--dataset", "shapes", "--test_size", 20, "--train_size", 20, "--pretrained", backbone, option, "file.pt"]
+        refused(main_lincls.main, args, "file.pt", words if option == "--pretrained" else "")
+    refused(pretraining.main, ["--resume", "file.pt"], "file.pt", "not a checkpoint" if content else "is empty")
 
 
 def test_a_checkpoint_with_any_damage_is_refused_or_whole(tmp_path):
@@ -162,7 +166,7 @@ def test_a_checkpoint_with_any_damage_is_refused_or_whole(tmp_path):
             assert torch.equal(loaded["tensor"], state["tensor"]) and loaded["number"] == 3
         except ValueError as error:
             refused_count += 1
-            assert "truncated or damaged" in str(error) or "pickled code" in str(error)
+            assert any(words in str(error) for words in ("truncated or damaged", "not a checkpoint of this project"))
     assert refused_count > 200
     assert zipfile.is_zipfile(io.BytesIO(whole))
 

@@ -318,7 +318,7 @@ def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch, capsys):
     """1,000 epochs of 1 s: a line every 30 s, and those that are kept."""
     now = [0.0]
     monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
-    cli.set_quiet(False)
+    monkeypatch.setattr(cli, "quiet", False)
     with cli.Progress(1000, 0) as progress:
         for epoch in range(1000):
             for step in range(1, 11):

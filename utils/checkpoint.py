@@ -1,10 +1,8 @@
 """Files that are whole or absent: checkpoints, written atomically and read without running code, and JSON."""
-import contextlib
 import hashlib
 import io
 import json
 import os
-import pickle
 import warnings
 import zipfile
 
@@ -35,9 +33,10 @@ def write(path, content, keep_previous=False):
         if keep_previous and os.path.exists(path):
             os.replace(path, previous_path(path))
         os.replace(partial, path)
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        os.fsync(folder)  # the new name too survives a power cut
-        os.close(folder)
+        if hasattr(os, "O_DIRECTORY"):  # not on Windows
+            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
+            os.fsync(folder)  # the new name too survives a power cut
+            os.close(folder)
     except OSError as error:
         raise OSError(f"{path} could not be written ({error.strerror or error})") from error
     finally:  # also after Ctrl-C: half a file takes room that the next one may need
@@ -52,30 +51,23 @@ def previous_path(path):
 
 
 def load(path):
-    """Read a checkpoint onto the CPU, with weights_only=True: code in the file does not run. Raises OSError if it
-    cannot be read, ValueError if it is damaged or holds more than tensors and plain values, which it then names."""
+    """Read a checkpoint of this project onto the CPU, with weights_only=True: code in the file does not run. Raises
+    OSError if it cannot be read, ValueError if it is damaged or of another kind."""
     if os.path.isdir(path):
-        raise IsADirectoryError(f"{path!r} is a folder; name backbone.pt or checkpoint.pt in it")
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path!r}: no such file")
+        raise IsADirectoryError(f"{path!r} is a folder; name a file in it")
     with open(path, "rb") as file:
-        content = io.BytesIO(file.read())
-    is_zip = zipfile.is_zipfile(content)
+        content = file.read()
     try:
-        if is_zip and zipfile.ZipFile(content).testzip() is not None:  # torch.load does not verify the checksums
-            raise zipfile.BadZipFile("a checksum does not match")
-        content.seek(0)
+        if zipfile.ZipFile(io.BytesIO(content)).testzip() is not None:  # torch.load does not verify the checksums
+            raise zipfile.BadZipFile
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(content, map_location="cpu", weights_only=True)
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # of any type: torch.load parses arbitrary bytes
-        reason = "truncated or damaged" if content.getbuffer().nbytes else "the file is empty"
-        if is_zip and isinstance(error, pickle.UnpicklingError):
-            content.seek(0)
-            with contextlib.suppress(Exception):  # as above
-                needed = torch.serialization.get_unsafe_globals_in_checkpoint(content)
-                reason = f"it holds pickled code ({', '.join(needed[:3])}), which is not run; save its state_dict alone"
-        raise ValueError(f"{path!r} cannot be read as a checkpoint: {reason}") from error
+        reason = "the file is empty" if not content else "not a checkpoint of this project"
+        if content.startswith(b"PK") and isinstance(error, (zipfile.BadZipFile, NotImplementedError)):
+            reason = "truncated or damaged"
+        raise ValueError(f"{path!r} cannot be read: {reason}") from error
 
 
 def digest(tensors):

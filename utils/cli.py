@@ -4,13 +4,19 @@ import contextlib
 import difflib
 import functools
 import math
+import os
+import re
 import signal
 import sys
+import threading
 import time
 
 from tqdm import tqdm
 
 LINE_SECONDS = 30  # between lines of progress where there is no terminal
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGBREAK")
+                if hasattr(signal, name)]  # Windows has not all of them, and SIGBREAK
+RANKS = {"WORLD_SIZE": "RANK", "SLURM_STEP_NUM_TASKS": "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK"}
 quiet = False      # --quiet: `info` and the bars show nothing
 
 
@@ -25,10 +31,13 @@ class Parser(argparse.ArgumentParser):
     """ArgumentParser without abbreviations; an error is one line that names the nearest valid option, exit code 2."""
 
     def __init__(self, **options):
+        open_streams()
         super().__init__(formatter_class=Formatter, allow_abbrev=False, **options)
 
     def parse_args(self, args=None, namespace=None):
+        global quiet
         args, unknown = self.parse_known_args(args, namespace)
+        quiet = getattr(args, "quiet", False)
         if unknown:
             typed = next((word for word in unknown if word.startswith("-")), "").split("=")[0]
             hint = nearest(typed, [option for option in self._option_string_actions if option.startswith("--")])
@@ -51,7 +60,8 @@ class Parser(argparse.ArgumentParser):
         try:
             yield
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
-            self.error(str(error))
+            named = isinstance(error, OSError) and error.filename is not None
+            self.error(f"{error.filename!r}: {error.strerror}" if named else str(error))
 
 
 def nearest(word, valid):
@@ -60,10 +70,9 @@ def nearest(word, valid):
         return "".join(part[:1] for part in text.split("_"))
 
     word, *forms = (each.lower().strip("-").replace("-", "_") for each in (word, *valid))
-    forms = dict(zip(forms, valid))
-    found = [each for each in forms if len(word) > 1 and word in (initials(each), each) or each == initials(word)]
+    found = [form for form in forms if len(word) > 1 and word == initials(form) or form == initials(word)]
     found = found or difflib.get_close_matches(word, forms, n=1)
-    return f"; did you mean {forms[found[0]]}?" if found else ""
+    return f"; did you mean {valid[forms.index(found[0])]}?" if found else ""
 
 
 def number(kind, least=0, most=math.inf, above=False):
@@ -78,6 +87,15 @@ def number(kind, least=0, most=math.inf, above=False):
     return convert
 
 
+def file_path(text):
+    """Argument type: a path, with ~ and environment variables expanded."""
+    text = os.path.expanduser(text)
+    expanded = text if os.path.lexists(text) else os.path.expandvars(text)  # $ may be part of a name
+    if re.search(r"\$(\w|{)", expanded) and not os.path.lexists(expanded):
+        raise argparse.ArgumentTypeError(f"{expanded!r}: there is no such environment variable")
+    return expanded
+
+
 real_number = number(float)  # 0 or more
 fraction = number(float, most=1, above=True)
 whole_number = functools.partial(number, int, most=2**32 - 1)  # whole_number(least)
@@ -86,7 +104,7 @@ whole_number = functools.partial(number, int, most=2**32 - 1)  # whole_number(le
 def add_data_options(parser, datasets, positional=True):
     """DIR or --data_root, --dataset, --train_size, --test_size; returns their group."""
     group = parser.add_argument_group("data")
-    group.add_argument("data_root" if positional else "--data_root", default="data", metavar="DIR",
+    group.add_argument("data_root" if positional else "--data_root", type=file_path, default="data", metavar="DIR",
                        help="folder that has or gets cifar-10-batches-py", **({"nargs": "?"} if positional else {}))
     group.add_argument("--dataset", choices=datasets, default="cifar10", help="shapes is built in")
     group.add_argument("--train_size", type=whole_number(2), metavar="N", help="use the first N training images")
@@ -114,9 +132,9 @@ def add_device_options(parser, compiled=False):
 def add_run_options(parser):
     """--exp_dir, --trial, --resume, --max_minutes, --tensorboard, --quiet; returns their group."""
     group = parser.add_argument_group("run")
-    group.add_argument("--exp_dir", default="experiments", metavar="DIR", help="parent of the run's folder")
+    group.add_argument("--exp_dir", type=file_path, default="experiments", metavar="DIR", help="folder of the runs")
     group.add_argument("--trial", metavar="NAME", help="name of the run's folder (default: the next free number)")
-    group.add_argument("--resume", metavar="auto|PATH", help="checkpoint to resume; auto: of --trial or the latest run")
+    group.add_argument("--resume", type=file_path, metavar="auto|PATH", help="checkpoint; auto: the latest")
     group.add_argument("--max_minutes", type=real_number, metavar="M", help="stop after M minutes, to be resumed")
     group.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="log there too")
     group.add_argument("--quiet", action="store_true", help="print results, warnings and errors only")
@@ -124,16 +142,39 @@ def add_run_options(parser):
 
 
 def run_script(main):
-    """Call a script's main and exit with its code; without a traceback on Ctrl-C."""
+    """Call a script's main and exit with its code; without a traceback on Ctrl-C. Of several processes that a launcher
+    started, none runs, and one says so."""
+    for size, rank in RANKS.items():
+        if os.environ.get(size, "1") not in ("", "0", "1"):
+            if os.environ.get(rank, "0") != "0":
+                time.sleep(5)  # the first process to exit ends the others: let it be the one that speaks
+                sys.exit(2)
+            Parser(prog=os.path.basename(sys.argv[0])).error(
+                f"started {os.environ[size]} times ({size}), but runs on one device: start it without the launcher")
     try:
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # nobody reads the rest; Python would flush again and fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def open_streams():
+    """Make standard streams usable: a closed one becomes the null device, before a file of the run gets its number, and
+    what its encoding lacks is escaped."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+        elif mode == "w" and hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def say(text, file=None):
     """Print a line above the progress bar, to stdout by default. A closed or full stream does not end a run."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         tqdm.write(text.encode(errors="backslashreplace").decode(), file=file or sys.stdout)
 
 
@@ -144,11 +185,6 @@ def info(text):
 
 def warn(text):
     say(f"warning: {text}", sys.stderr)
-
-
-def set_quiet(value):
-    global quiet
-    quiet = value
 
 
 def bar(*args, **options):
@@ -177,13 +213,23 @@ class Progress(tqdm):
             info(f"epoch {done:.{0 if figures else 2}f}/{self.epochs}  {figures}{left}")
 
 
+def handle_signals(handler):
+    """Set the handler of STOP_SIGNALS that are not ignored; returns the handlers before by number: none in a thread,
+    where Python sets no handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heard}
+
+
 class Stopped(Exception):
     """Raised by StopRequest.check."""
 
 
 class StopRequest:
-    """Inside the context, the first SIGINT, SIGTERM or SIGHUP, and the time limit, only make `requested` true, so that
-    the step can finish and a checkpoint be written. A second signal has its usual effect; ignored ones stay ignored.
+    """Inside the context, the first of STOP_SIGNALS, and the time limit, only make `requested` true, so that the step
+    can finish and a checkpoint be written. A second signal has its usual effect; ignored ones stay ignored. In another
+    thread than the main one, which alone can handle signals, there is only the time limit.
 
     minutes: limit since `start`, a value of time.monotonic(). exit_code: 128 + the signal's number, 0 for the limit.
     """
@@ -193,9 +239,7 @@ class StopRequest:
         self.deadline = math.inf if minutes is None else start + 60 * minutes
 
     def __enter__(self):
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-        self.usual = {number: signal.signal(number, self.note) for number in heard}
+        self.usual = handle_signals(self.note)
         return self
 
     def note(self, number, frame):

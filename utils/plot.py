@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from utils import log
 from utils.augment import denormalize
-from utils.cli import Parser, say
+from utils.cli import Parser, file_path, run_script, say
 from utils.metrics import collapse_std
 from utils.run import read_config
 
@@ -163,8 +163,8 @@ def plot_views(folder, images, views1, views2, draws1, draws2, columns=6):
 
 def main(argv=None):
     parser = Parser(prog="python -m utils.plot", description=__doc__)
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a run's folder, with its log.jsonl")
-    parser.add_argument("--output", metavar="DIR", help="folder for the figures")
+    parser.add_argument("folders", nargs="+", type=file_path, metavar="FOLDER", help="run's folder with log.jsonl")
+    parser.add_argument("--output", type=file_path, metavar="DIR", help="folder for the figures")
     args = parser.parse_args(argv)
     with parser.user_errors():
         say(log.table(args.folders))
@@ -174,4 +174,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,7 +1,6 @@
 """A run's folder: created or found by --resume, locked, and written."""
 import contextlib
 import datetime
-import fcntl
 import glob
 import itertools
 import os
@@ -17,6 +16,10 @@ import torchvision
 from utils import checkpoint, log
 from utils.cli import info, say, warn
 from utils.device import describe
+
+fcntl = None  # on Windows, where runs are not locked
+with contextlib.suppress(ImportError):
+    import fcntl
 
 CONFIG, BACKBONE, CHECKPOINT, UNTRAINED = "config.json", "backbone.pt", "checkpoint.pt", "untrained.pt"
 EVALUATION, RESULTS = "evaluation.pt", "results.json"  # what main_lincls.py resumes from, and what it found
@@ -57,12 +60,12 @@ def git_commit():
         return None
 
 
-def write_config(folder, settings, device):
-    """Write config.json: argv, all settings, commit, date, device, versions."""
+def write_config(folder, argv, settings, device):
+    """Write config.json: argv (a script and its words), all settings, commit, date, device, versions."""
     versions = {package.__name__: package.__version__ for package in (torch, torchvision, numpy)}
     versions |= {"python": platform.python_version(), "cuda": torch.version.cuda if device.type == "cuda" else None}
     checkpoint.write_json(os.path.join(folder, CONFIG), {
-        "argv": sys.argv, "settings": settings, "commit": git_commit(), "date": datetime.date.today().isoformat(),
+        "argv": argv, "settings": settings, "commit": git_commit(), "date": datetime.date.today().isoformat(),
         "device": describe(device), "versions": versions,
     })
 
@@ -134,9 +137,12 @@ def resumed_args(parser, argv, state, may_change):
     args = parser.parse_args(argv)
     for name, value in saved.items():
         typed = getattr(args, name, value)
-        if typed != value and name not in may_change and (name, typed) != ("precision", "auto"):
+        if typed != value and name not in (*may_change, "precision"):
             raise ValueError(f"--{name} {typed}: the run to resume has {value}")
-    args.precision = saved["precision"]
+    if args.precision == "auto":
+        args.precision = saved["precision"]
+    elif args.precision != saved["precision"]:
+        warn(f"--precision {args.precision}, not {saved['precision']} as before: the run is not bit for bit the same")
     return args
 
 
@@ -169,6 +175,11 @@ class Run:
         self.records, self.pending = log.read(folder, empty=True), []
         self.unsaved, self.saved_epoch = None, epoch
         self.board = summary_writer(folder, epoch) if tensorboard else None
+
+    def close(self):
+        self.lock.close()
+        if self.board:
+            self.board.close()
 
     def path(self, name):
         return os.path.join(self.folder, name)
@@ -212,13 +223,13 @@ class Run:
             warn(f"{self.folder}: no figures ({error})")
 
 
-def start_run(script, folder, args, device, files):
+def start_run(argv, folder, args, device, files):
     """A Run in a new folder (or in `folder`, of a start that was killed), with config.json and the first files in it.
-    args: the script's settings. Raises ValueError and OSError, and then leaves no new folder."""
+    argv: script and words typed; args: its settings. Raises ValueError and OSError, and then leaves no new folder."""
     path = folder or new_folder(args.exp_dir, args.trial)
     try:
-        run = Run(script, path, -1, args.tensorboard)
-        write_config(path, vars(args), device)
+        run = Run(argv[0], path, -1, args.tensorboard)
+        write_config(path, argv, vars(args), device)
         run.write(files, 0)
         return run
     except (OSError, ValueError):
@@ -231,7 +242,8 @@ def lock(folder):
     """Lock a run's log until this process ends; returns the open file. Raises ValueError if another process has it."""
     file = open(os.path.join(folder, log.LOG), "ab")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"{folder}: another process is working on this run") from None
     except OSError as error:  # some network file systems have no locks

@@ -1,0 +1,197 @@
+"""Where the scripts are started: notebooks, threads, odd streams and locales, queues, launchers, other systems."""
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+
+import export
+import main as pretraining
+import main_lincls
+import visualize
+from conftest import REPO, SMALL
+from utils import checkpoint, cli, log
+
+STARTS = [*SMALL, "--epochs", "1", "--eval_freq", "1"]
+CPU_ONLY = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+
+
+def test_runs_in_a_thread_and_several_in_a_process(run_main, no_gpu):
+    """As in a notebook: no signals in a thread, nothing of a run left for the next one."""
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(run_main("--epochs", 2, "--max_minutes", 0, "--trial", "run")))
+    thread.start()
+    thread.join()
+    assert codes == [0] and log.read("experiments/run", empty=True) == []
+    handlers = [signal.getsignal(number) for number in cli.STOP_SIGNALS]
+    for again in range(2):
+        assert run_main("--epochs", 2, "--resume", "auto", "--quiet") == 0
+    assert run_main("--epochs", 1) == 0 and not cli.quiet
+    assert len(log.read("experiments/run")) == 2 and len(log.read("experiments/1")) == 1
+    assert handlers == [signal.getsignal(number) for number in cli.STOP_SIGNALS]
+    assert checkpoint.read_json("experiments/1/config.json")["argv"][:2] == ["main.py", "--dataset"]
+
+
+def test_a_run_that_an_exception_ends_can_be_resumed_in_the_same_process(run_main, no_gpu, monkeypatch):
+    """A notebook keeps the last traceback, and with it everything that the run held."""
+    with monkeypatch.context() as patch:
+        patch.setattr(pretraining, "pretrain", lambda *args, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError) as kept:
+            run_main("--epochs", 1, "--trial", "run")
+    assert run_main("--epochs", 1, "--trial", "run", "--resume", "auto") == 0 and kept.tb
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2"])
+def test_signals_of_queues_stop_a_run_as_sigterm_does(run_main, no_gpu, monkeypatch, capsys, name):
+    number, usual = getattr(signal, name), pretraining.draw_epoch
+
+    def draw_epoch(args, epoch, *rest):
+        if epoch == 1:
+            signal.raise_signal(number)
+        return usual(args, epoch, *rest)
+
+    monkeypatch.setattr(pretraining, "draw_epoch", draw_epoch)
+    assert run_main("--epochs", 3) == 128 + number
+    assert "Resume with: python main.py --resume" in capsys.readouterr().out
+    assert checkpoint.load("experiments/1/checkpoint.pt")["epoch"] == 1
+
+
+@pytest.mark.parametrize("variables", [
+    {"WORLD_SIZE": "2", "RANK": "0"}, {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"}, {"OMPI_COMM_WORLD_SIZE": "2"},
+])
+def test_one_of_several_processes_says_that_there_is_one_device(monkeypatch, capsys, variables):
+    def started(**others):
+        for name, value in {**variables, **others}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as stop:
+            cli.run_script(lambda: pytest.fail("started"))
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
+    assert started().count("\n") == 1
+    assert started(RANK="1", SLURM_PROCID="3", OMPI_COMM_WORLD_RANK="1") == ""
+
+
+def test_paths_are_expanded_in_every_option(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SCRATCH", "/scratch dir")
+    paths = {"DIR", "PATH", "FILE", "FOLDER", "CHECKPOINT", "CLASSIFIER", "RUN", "auto|PATH"}
+    parsers = [pretraining.make_parser(), main_lincls.make_parser(), visualize.make_parser(), export.make_parser()]
+    parsers += [*parsers[3]._subparsers._group_actions[0].choices.values()]
+    actions = [action for parser in parsers for action in parser._actions if action.metavar in paths]
+    assert len(actions) >= 20 and all(action.type is cli.file_path for action in actions)
+    args = parsers[0].parse_args(["--exp_dir=~/runs é", "--data_root", "$SCRATCH/${SCRATCH}"])
+    assert args.exp_dir == str(tmp_path / "home" / "runs é") and args.data_root == "/scratch dir//scratch dir"
+    (tmp_path / "a$SCRATCH").touch()
+    assert cli.file_path("a$SCRATCH") == "a$SCRATCH"
+    with pytest.raises(argparse.ArgumentTypeError, match="UNSET_VARIABLE"):
+        cli.file_path("$UNSET_VARIABLE/x")
+
+
+def test_an_fp16_checkpoint_goes_on_in_the_precision_that_is_typed(run_main, refused, no_gpu, capsys):
+    assert run_main("--epochs", 2, "--max_minutes", 0, "--trial", "run") == 0
+    state = checkpoint.load("experiments/run/checkpoint.pt")
+    scaler = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
+    state["config"]["precision"], state["scaler"] = "fp16", scaler
+    checkpoint.save("experiments/run/checkpoint.pt", state)
+    refused(pretraining.main, ["--resume", "auto"], "fp16 requires a CUDA GPU", "use fp32 or bf16")
+    assert run_main("--resume", "auto", "--precision", "bf16") == 0
+    assert "--precision bf16, not fp16 as before" in capsys.readouterr().err
+    assert checkpoint.load("experiments/run/checkpoint.pt")["config"]["precision"] == "bf16"
+
+
+# ---------------------------------------------------------------------------------------------------
+# In processes of their own
+
+
+def start(tmp_path, words, redirect="", **environment):
+    """A script's exit code and output, through a shell."""
+    command = f"{sys.executable} {' '.join(words)} --exp_dir '{tmp_path}/runs é' {redirect}"
+    return subprocess.run(command, shell=True, cwd=REPO, env=CPU_ONLY | environment, capture_output=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("redirect", ["", ">&- 2>&-", "<&- >&- 2>&-", "| true", ">/dev/full 2>&1"])
+def test_foreign_backends_locales_and_streams_end_nothing(tmp_path, redirect):
+    """A notebook's backend that is not installed, no home, ASCII as the locale's encoding, closed and full streams."""
+    environment = {"MPLBACKEND": "module://not_installed.backend", "HOME": "/nonexistent", "DISPLAY": "", "LC_ALL": "C",
+                   "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+    assert start(tmp_path, ["main.py", *STARTS], redirect, **environment).returncode == 0
+    folder = f"{tmp_path}/runs é"
+    data = "--features cached --dataset shapes --train_size 128 --test_size 100 --pretrained"
+    words = ["main_lincls.py", *data.split(), f"'{folder}/1/backbone.pt'"]
+    done = start(tmp_path, words, redirect, **environment)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    assert not redirect or b"Exception ignored" not in done.stderr
+    assert b"linear top-1" in done.stdout or redirect
+    assert "std of the l2-normalized outputs z, times √d" in open(f"{folder}/1/report.html", encoding="utf-8").read()
+    assert {"report.html", "loss-plot.png", "top1-acc.png"} <= {*os.listdir(f"{folder}/1")}
+    assert {"results.json", "confusion.png"} <= {*os.listdir(f"{folder}/2")}
+
+
+@pytest.mark.slow
+def test_nothing_that_only_unix_has_is_needed(tmp_path):
+    """A small training, resumed and evaluated, without fcntl, os.O_DIRECTORY, fork, and Unix's signals."""
+    code = textwrap.dedent(f"""
+        import os, signal, sys, runpy
+        import torch, torchvision, matplotlib.figure, tqdm  # what they need is not the question
+        for module in ("fcntl", "resource", "termios", "pwd", "grp", "pty"):
+            sys.modules[module] = None
+        for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGKILL", "SIGCHLD", "SIGPIPE", "alarm", "setitimer"):
+            delattr(signal, name)
+        for name in ("O_DIRECTORY", "fork", "forkpty", "killpg", "getuid", "geteuid", "setsid", "sched_getaffinity"):
+            delattr(os, name)
+        for words in {[STARTS + ["--max_minutes", "0"], ["--resume", "auto"]]}:
+            sys.argv = ["main.py", *words, "--exp_dir", "runs"]
+            try:
+                runpy.run_path({str(REPO / "main.py")!r}, run_name="__main__")
+            except SystemExit as stop:
+                assert not stop.code, stop.code
+        import ablate, export, main_lincls, visualize
+        data = "--dataset shapes --train_size 128 --test_size 100".split()
+        assert not main_lincls.main([*data, "--pretrained", "runs/1/backbone.pt", "--epochs", "1", "--exp_dir", "linear"])
+        assert not ablate.main(["default", *data, *"--width 4 --epochs 1 --batch_size 32 --exp_dir study".split()])
+        assert not visualize.main(["--pretrained", "runs/1"])
+    """)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=CPU_ONLY | {"PYTHONPATH": str(REPO)},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [record["epoch"] for record in log.read(str(tmp_path / "runs" / "1"))] == [1]
+    assert {"results.json", "confusion.png"} <= {*os.listdir(tmp_path / "linear" / "1")}
+
+
+@pytest.mark.slow
+def test_torchrun_with_two_processes_starts_none(tmp_path):
+    words = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "main.py", *STARTS]
+    done = start(tmp_path, words)
+    lines = [line for line in done.stderr.decode().splitlines() if line.startswith("main.py: error:")]
+    assert done.returncode and len(lines) == 1 and "WORLD_SIZE" in lines[0] and not os.listdir(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_slurm_script_requeues_itself_until_the_run_is_finished(tmp_path):
+    """The README's script with stand-ins for srun and scontrol: SIGUSR1 reaches the running script, as from --signal."""
+    script = re.search(r"```\n(#!/bin/bash\n.*?)```", (REPO / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    options = " ".join([*SMALL, "--epochs 40 --eval_freq 40 --exp_dir", str(tmp_path / "runs")])
+    (tmp_path / "job.sh").write_text(re.sub(r"--data_root \S+", options, script))
+    stand_ins = {"srun": f'#!/bin/bash\n"$@" & echo $! > {tmp_path}/pid; wait $!',
+                 "scontrol": f'#!/bin/bash\necho "$@" >> {tmp_path}/requeued', "python": f'#!/bin/bash\nexec {sys.executable} "$@"'}
+    for name, text in stand_ins.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = CPU_ONLY | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "PYTHONUNBUFFERED": "1"}
+    for first in (True, False):
+        job = subprocess.Popen(["bash", tmp_path / "job.sh"], cwd=REPO, env=environment, stdout=subprocess.PIPE, text=True)
+        if first:
+            job.stdout.readline(), job.stdout.readline()  # nothing to resume; the run has started
+            os.kill(int((tmp_path / "pid").read_text()), signal.SIGUSR1)
+        assert "Interrupted" in job.communicate()[0] or not first
+        assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    assert len(log.read(str(next((tmp_path / "runs").iterdir())))) == 40
