@@ -58,6 +58,7 @@ def make_parser():
         command.add_argument("--data_root", type=file_path, default="data", metavar="DIR", help="folder of the data")
     for command in (features, release, check):
         add_device_options(command)
+        command.set_defaults(precision="fp32")  # what others compare should not depend on the device
     return parser
 
 

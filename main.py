@@ -23,13 +23,15 @@ import torch
 
 import simsiam
 from utils import log
-from utils.augment import SCALE, apply_two_views, draw_views, epoch_generator
+from utils.augment import SCALE, SIZE, apply_two_views, draw_views, epoch_generator
 from utils.cli import (
     Parser, Progress, Stopped, StopRequest, add_data_options, add_device_options, add_run_options, fraction, info,
     real_number, run_script, say, warn, whole_number,
 )
 from utils.data import DATASETS, load_dataset
-from utils.device import autocast, compile_for, describe, memory_layout, select_device, select_precision
+from utils.device import (
+    autocast, compile_for, describe, describe_precision, memory_layout, select_device, select_precision,
+)
 from utils.knn import knn_accuracy
 from utils.metrics import collapse_warning
 from utils.plot import plot_views
@@ -59,6 +61,8 @@ def make_parser():
     training.add_argument("--learning_rate", type=real_number, metavar="LR", help="default: 0.03 * batch_size / 256")
     training.add_argument("--momentum", type=real_number, default=0.9, metavar="M", help="momentum of SGD")
     training.add_argument("--weight_decay", type=real_number, default=5e-4, metavar="WD", help="weight decay of SGD")
+    training.add_argument("--view_size", type=view_schedule, default=str(SIZE), metavar="N|N:SHARE,...",
+                          help="pixels; or sizes with their shares of the epochs, as 16:0.5,24:0.25,32:0.25")
     training.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="random seed")
     study = parser.add_argument_group("the paper's study", "Variants of the method (Sec. 4); ablate.py runs them.")
     study.add_argument("--stop_gradient", action=argparse.BooleanOptionalAction, default=True, help="Sec. 4.1")
@@ -95,19 +99,19 @@ def build(args, device):
 
 
 def make_forward(args, model, device):
-    """The forward pass of a step: images uint8 [B, 3, H, W] and the Draws of both views -> loss and feature_std,
-    float32 scalars. Compiled as one function on CUDA."""
+    """The forward pass of a step: images uint8 [B, 3, H, W], the size of the views and the Draws of both -> loss and
+    feature_std, float32 scalars. Compiled as one function on CUDA, once for each size."""
     precision, layout = autocast(device, args.precision), memory_layout(device, args.width, args.batch_size)
     loss_function = partial(LOSSES[args.symmetry], distance=DISTANCES[args.similarity])
 
-    def forward(images, draws1, draws2, *second_pair):
-        x1, x2 = apply_two_views(images, draws1, draws2)                            # [B, 3, 32, 32] each
+    def forward(images, size, draws1, draws2, *second_pair):
+        x1, x2 = apply_two_views(images, draws1, draws2, size)                      # [B, 3, size, size] each
         x1, x2 = x1.contiguous(memory_format=layout), x2.contiguous(memory_format=layout)
         with precision():
             p1, p2, z1, z2 = model(x1, x2)                                          # [B, dim] each
         loss, std = loss_function(p1, p2, z1, z2), simsiam.feature_std(z1).detach()
         if second_pair:  # asymmetric_2x: the mean over two pairs of views
-            loss2, std2 = forward(images, *second_pair)
+            loss2, std2 = forward(images, size, *second_pair)
             loss, std = (loss + loss2) / 2, (std + std2) / 2
         return loss, std
 
@@ -123,6 +127,7 @@ def pretrain(args, device, data, model, optimizer, scaler, run, state, stop, beg
             rate = cosine(args.learning_rate, epoch, args.epochs, args.warmup_epochs)
             optimizer.param_groups[0]["lr"] = rate  # the second group of --fix_pred_lr keeps its rate
             order, *draws = draw_epoch(args, epoch, data.train_images, device)
+            size = view_size(args.view_size, epoch, args.epochs)
             done, metrics = state["step"], torch.zeros(steps, 2, device=device)     # loss and std of each step
             metrics[:done] = state["metrics"]
             start = time.perf_counter() - state["seconds"]
@@ -134,7 +139,7 @@ def pretrain(args, device, data, model, optimizer, scaler, run, state, stop, beg
                     break
                 rows = slice(step * batch, (step + 1) * batch)
                 images = data.train_images[order[rows]].to(device, non_blocking=True)
-                loss, std = forward(images, *(view.rows(rows) for view in draws))
+                loss, std = forward(images, size, *(view.rows(rows) for view in draws))
                 optimizer.zero_grad(set_to_none=True)
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
@@ -198,6 +203,28 @@ def cosine(rate, epoch, epochs, warmup=0):
     if epoch < warmup:
         return rate * (epoch + 1) / (warmup + 1)
     return rate * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
+
+
+def view_schedule(text):
+    """Argument type: a size of the views, or a schedule of view_size. Returns the text."""
+    with contextlib.suppress(ValueError):
+        parts = [part.split(":") for part in (text if ":" in text else f"{text}:1").split(",")]
+        sizes, shares = [int(size) for size, _ in parts], [float(share) for _, share in parts]
+        if min(sizes) >= 8 and sizes[-1] == SIZE and min(shares) > 0 and abs(sum(shares) - 1) < 1e-6:
+            return text
+    raise argparse.ArgumentTypeError(f"{text!r}: not sizes of at least 8, the last {SIZE}, with shares that sum to 1")
+
+
+def view_size(schedule, epoch, epochs):
+    """Size of the views in an epoch, counted from 0: of '32', or of '16:0.5,24:0.25,32:0.25' with shares of the
+    epochs, in this order."""
+    end = 0.0
+    for part in schedule.split(","):
+        size, _, share = part.partition(":")
+        end += float(share or 1) * epochs
+        if epoch < round(end):
+            break
+    return int(size)
 
 
 def draw_epoch(args, epoch, images, device):
@@ -282,9 +309,9 @@ def main(argv=None):
     try:
         with contextlib.closing(run), StopRequest(args.max_minutes, begin) as stop:
             info(f"{run.folder}: {args.arch}, width {args.width}, {args.dataset}, {len(data.train_images)} images, "
-                 f"{describe(device)}, {args.precision}")
+                 f"{describe(device)}, {describe_precision(args.precision, device)}")
             if device.type == "cpu" and args.width > 16:
-                info("No GPU in use. Two CPU cores train 50 to 115 views/s at width 64, 600 to 1,000 with --width 16.")
+                info("No GPU in use. Two CPU cores train 50 to 190 views/s at width 64, 600 to 1,280 with --width 16.")
             if state["epoch"] == state["step"] == 0:
                 start(args, device, data, parts["model"], run, stop)
             code = pretrain(args, device, data, **parts, run=run, state=state, stop=stop, begin=begin - state["time"])

@@ -85,7 +85,7 @@ def run_lincls(tmp_path, monkeypatch, no_figures, finished_run):
 def finished_run(tmp_path_factory):
     """The folder of a finished small run, with its figures."""
     folder = tmp_path_factory.mktemp("finished")
-    options = ["--epochs", "2", "--eval_freq", "1", "--untrained", "--exp_dir", str(folder), "--trial", "small"]
+    options = "--epochs 2 --eval_freq 1 --untrained --precision fp32 --trial small --exp_dir".split() + [str(folder)]
     assert pretraining.main([*SMALL, *options]) == 0
     return os.path.join(folder, "small")
 

@@ -38,19 +38,19 @@ def draws_on(device, draws):
     return augment.Draws(*(field.to(device) for field in draws))
 
 
-def expected_crops(images, draws):
+def expected_crops(images, draws, size=32):
     crops = []
     for i, image in enumerate(images):
         box = [int(field[i]) for field in (draws.top, draws.left, draws.height, draws.width)]
-        crop = F.resized_crop(image / 255, *box, [32, 32], antialias=True)
+        crop = F.resized_crop(image / 255, *box, [size, size], antialias=True)
         crops.append(F.hflip(crop) if draws.flip[i] else crop)
     return torch.stack(crops)
 
 
-def expected_views(images, draws):
+def expected_views(images, draws, size=32):
     adjust = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
     views = []
-    for i, view in enumerate(expected_crops(images, draws)):
+    for i, view in enumerate(expected_crops(images, draws, size)):
         for operation in draws.order[i].tolist() if draws.jitter[i] else []:
             view = adjust[operation](view, float(draws.factors[i, operation]))
         views.append(F.rgb_to_grayscale(view, 3) if draws.gray[i] else view)
@@ -68,15 +68,18 @@ def test_crop_and_flip_match_torchvision(images, device):
     for batch in (images, large):
         draws = draw(len(batch), 0, *batch.shape[2:])
         assert draws.flip.any() and not draws.flip.all()
-        crops = crop_flip(batch.to(device), draws_on(device, draws)).cpu()
-        assert (crops - expected_crops(batch, draws)).abs().max() < 1e-5
+        for size in (32, 24, 16, 9, 48):
+            crops = crop_flip(batch.to(device), draws_on(device, draws), size).cpu()
+            assert (crops - expected_crops(batch, draws, size)).abs().max() < 1e-5
 
 
 @on_devices
-def test_views_match_torchvision(images, device):
+@pytest.mark.parametrize("size", [32, 24, 16])
+def test_views_match_torchvision(images, device, size):
     draws = draw(len(images), 2)
     assert 0 < draws.jitter.sum() < len(images) and 0 < draws.gray.sum() < len(images)
-    wrong = difference(apply_views(images.to(device), draws_on(device, draws)), expected_views(images, draws))
+    views = apply_views(images.to(device), draws_on(device, draws), size)
+    wrong = difference(views, expected_views(images, draws, size))
     assert wrong.max() < 2 / 255 and wrong.mean() < 1e-5
 
 

@@ -121,7 +121,7 @@ def test_the_page_of_an_evaluation_has_its_confusion_and_escapes_what_was_typed(
 
 def test_visualize_shows_the_nearest_images_and_measures_as_the_log(finished_run, tmp_path, drawn, shapes, no_gpu):
     folder = shutil.copytree(finished_run, tmp_path / "run")
-    visualize.main(["--pretrained", str(folder)])
+    visualize.main(["--pretrained", str(folder), "--precision", "fp32"])
     numbers, records = checkpoint.read_json(folder / "features.json"), log.read(folder)
     for name, epoch, key in (("untrained", 0, "knn1"), ("trained", 2, "knn1"), ("trained", 2, "knn200")):
         assert numbers[name][key] == pytest.approx(records[epoch][key], abs=1.001)  # an image of 100
@@ -148,7 +148,7 @@ def test_visualize_takes_any_checkpoint(finished_run, tmp_path, drawn, shapes, m
     torch.save({"state_dict": {f"module.backbone.{name}": tensors[name] for name in tensors}}, tmp_path / "other.pt")
     command = "--pretrained other.pt --dataset shapes --train_size 30 --test_size 20".split()
     refused(visualize.main, command, "--output DIR is required")
-    visualize.main([*command, "--output", "figures"])
+    visualize.main([*command, "--output", "figures", "--precision", "fp32"])
     features = F.normalize(simsiam.load_backbone(tensors)(normalize(shapes.test_images[:20])).detach().double(), dim=1)
     points = torch.tensor(drawn["map"].axes[0].collections[0].get_offsets())
     variances = torch.linalg.svdvals(features - features.mean(dim=0))[:2].square()

@@ -50,7 +50,8 @@ def test_the_saved_classifier_gives_the_result(run_lincls, finished_run, no_gpu,
 
 def test_sgd_matches_the_protocol_written_out(run_lincls, finished_run, no_gpu, shapes):
     """Two epochs: frozen features of random crops and flips, torch's SGD, no image dropped."""
-    assert run_lincls("--epochs", 2, "--batch_size", 50, "--lr", 2.0, "--seed", 4, "--trial", "eval") == 0
+    options = "--epochs 2 --batch_size 50 --lr 2.0 --seed 4 --precision fp32 --trial eval".split()
+    assert run_lincls(*options) == 0
     images, labels = shapes.train_images[:128], shapes.train_labels[:128]
     backbone = simsiam.load_backbone(os.path.join(finished_run, "backbone.pt"), verbose=False)
     torch.manual_seed(4)

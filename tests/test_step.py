@@ -116,7 +116,7 @@ def test_asymmetric_2x_is_the_mean_over_two_pairs_of_views(shapes):
     def forward(symmetry, *views):
         changed = settings(symmetry=symmetry)
         model = pretraining.build(changed, CPU)["model"]
-        loss, std = pretraining.make_forward(changed, model, CPU)(images, *views)
+        loss, std = pretraining.make_forward(changed, model, CPU)(images, 32, *views)
         loss.backward()
         return loss, std, *(parameter.grad for parameter in model.parameters())
 
@@ -132,7 +132,7 @@ def test_the_std_is_no_part_of_the_gradient(shapes):
         args = settings(stop_gradient=stop_gradient)
         order, *draws = pretraining.draw_epoch(args, 0, shapes.train_images, CPU)
         forward = pretraining.make_forward(args, pretraining.build(args, CPU)["model"], CPU)
-        loss, std = forward(shapes.train_images[order[:32]], *(view.rows(slice(32)) for view in draws))
+        loss, std = forward(shapes.train_images[order[:32]], 32, *(view.rows(slice(32)) for view in draws))
         assert loss.requires_grad and not std.requires_grad
 
 
@@ -192,7 +192,7 @@ def compare_compiled(shapes, device):
         model = simsiam.SimSiam(backbone, 64, 32).to(device, memory_format=torch.channels_last)
         order, *draws = pretraining.draw_epoch(args, 0, images, device)
         forward = pretraining.make_forward(args, model, device)
-        loss, std = forward(images[order[:32]], *(view.rows(slice(32)) for view in draws))
+        loss, std = forward(images[order[:32]], 32, *(view.rows(slice(32)) for view in draws))
         loss.backward()
         results.append([loss, std, *(parameter.grad for parameter in model.parameters())])
     for eager, compiled in zip(*results, strict=True):

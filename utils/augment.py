@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 MEAN = (0.4914, 0.4822, 0.4465)  # of the CIFAR-10 training pixels, per channel, in [0, 1]
 STD = (0.2470, 0.2435, 0.2616)
-SIZE = 32
+SIZE = 32                      # of the views, in pixels
 SCALE = (0.2, 1.0)
 RATIO = (3 / 4, 4 / 3)
 FLIP_P = 0.5
@@ -99,46 +99,46 @@ def eager_on_cpu(x):
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def pixel_centers(start, length, flip=None):
-    """Centers of the SIZE output pixels, in input pixels, if start .. start + length is resized to SIZE: float32
-    [B, SIZE]; mirrored where flip (bool [B]) is true."""
-    out = torch.arange(SIZE, device=start.device) + 0.5
+def pixel_centers(start, length, size, flip=None):
+    """Centers of the output pixels, in input pixels, if start .. start + length is resized to `size`: float32
+    [B, size]; mirrored where flip (bool [B]) is true."""
+    out = torch.arange(size, device=start.device) + 0.5
     if flip is not None:
-        out = torch.where(flip[:, None], SIZE - out, out)
-    return start.float()[:, None] + out.expand(len(start), SIZE) * (length.float()[:, None] / SIZE)
+        out = torch.where(flip[:, None], size - out, out)
+    return start.float()[:, None] + out.expand(len(start), size) * (length.float()[:, None] / size)
 
 
-def resampling_weights(start, length, size_in, flip=None):
-    """Weights [B, SIZE, size_in] that resize pixels start .. start + length of a line to SIZE pixels: bilinear,
+def resampling_weights(start, length, size_in, size, flip=None):
+    """Weights [B, size, size_in] that resize pixels start .. start + length of a line to `size` pixels: bilinear,
     antialiased where it shrinks, normalized to sum 1 without the pixels outside the crop, as PIL does."""
-    center = pixel_centers(start, length, flip)[:, :, None]               # [B, SIZE, 1]
+    center = pixel_centers(start, length, size, flip)[:, :, None]         # [B, size, 1]
     start, length = start.float()[:, None, None], length.float()[:, None, None]
     pixel = torch.arange(size_in, device=start.device) + 0.5              # [size_in]
-    weight = torch.rsub((pixel - center).abs_().mul_(1 / (length / SIZE).clamp(min=1)), 1).clamp_(min=0)
+    weight = torch.rsub((pixel - center).abs_().mul_(1 / (length / size).clamp(min=1)), 1).clamp_(min=0)
     weight.mul_((pixel > start) & (pixel < start + length))
     return weight.div_(weight.sum(dim=2, keepdim=True))
 
 
-def sampling_positions(start, length, size_in, flip=None):
-    """The same as positions for F.grid_sample, where a line reaches from -1 to 1: [B, SIZE]. Only for crops that do
+def sampling_positions(start, length, size_in, size, flip=None):
+    """The same as positions for F.grid_sample, where a line reaches from -1 to 1: [B, size]. Only for crops that do
     not shrink. Clamped to the centers of the crop's first and last pixel, so that no pixel outside counts."""
-    center = pixel_centers(start, length, flip)
+    center = pixel_centers(start, length, size, flip)
     center = center.clamp(start[:, None] + 0.5, (start + length)[:, None] - 0.5)
     return center * (2 / size_in) - 1
 
 
-def crop_flip(images, draws):
-    """Crop, resize and flip: uint8 [B, 3, H, W] -> float32 [B, 3, SIZE, SIZE] in [0, 1], up to rounding."""
+def crop_flip(images, draws, size=SIZE):
+    """Crop, resize and flip: uint8 [B, 3, H, W] -> float32 [B, 3, size, size] in [0, 1], up to rounding."""
     b, c, h, w = images.shape
-    if eager_on_cpu(images) and h <= SIZE and w <= SIZE:  # no crop shrinks; two thirds of the time of the products
-        positions = torch.empty(b, SIZE, SIZE, 2)
-        positions[..., 0] = sampling_positions(draws.left, draws.width, w, draws.flip)[:, None, :]
-        positions[..., 1] = sampling_positions(draws.top, draws.height, h)[:, :, None]
+    if eager_on_cpu(images) and h <= size and w <= size:  # no crop shrinks; two thirds of the time of the products
+        positions = torch.empty(b, size, size, 2)
+        positions[..., 0] = sampling_positions(draws.left, draws.width, w, size, draws.flip)[:, None, :]
+        positions[..., 1] = sampling_positions(draws.top, draws.height, h, size)[:, :, None]
         return F.grid_sample(images.float().mul_(1 / 255), positions, padding_mode="border", align_corners=False)
-    rows = resampling_weights(draws.top, draws.height, h)
-    columns = resampling_weights(draws.left, draws.width, w, draws.flip)
-    x = torch.bmm(images.float().view(b, c * h, w), columns.transpose(1, 2))     # [B, 3 * H, SIZE]
-    return torch.matmul(rows[:, None] / 255, x.view(b, c, h, SIZE))
+    rows = resampling_weights(draws.top, draws.height, h, size)
+    columns = resampling_weights(draws.left, draws.width, w, size, draws.flip)
+    x = torch.bmm(images.float().view(b, c * h, w), columns.transpose(1, 2))     # [B, 3 * H, size]
+    return torch.matmul(rows[:, None] / 255, x.view(b, c, h, size))
 
 
 def apply_matrix(x, matrix, bias, out=None):
@@ -236,33 +236,33 @@ def denormalize(views):
     return torch.cat([views[:, i:i + 1] * STD[i] + MEAN[i] for i in range(3)], dim=1).clamp(0, 1)
 
 
-def apply_views(images, draws):
+def apply_views(images, draws, size=SIZE):
     """Make the views: uint8 images [B, 3, H, W] and their Draws (B rows, same device) -> normalized float32 views
-    [B, 3, SIZE, SIZE]. Pure and batched, without host synchronization on CUDA; torch.compile takes it whole."""
+    [B, 3, size, size]. Pure and batched, without host synchronization on CUDA; torch.compile takes it whole."""
     if eager_on_cpu(images):
-        return apply_views_cpu(images, draws)
-    return apply_matrix(color_jitter(crop_flip(images, draws), draws), *gray_and_normalize(draws))
+        return apply_views_cpu(images, draws, size)
+    return apply_matrix(color_jitter(crop_flip(images, draws, size), draws), *gray_and_normalize(draws))
 
 
-def apply_two_views(images, draws1, draws2):
+def apply_two_views(images, draws1, draws2, size=SIZE):
     """Both views of each image, made together: half as many operations, which is what small batches wait for."""
     draws = Draws(*(torch.cat(fields) for fields in zip(draws1, draws2)))
-    return apply_views(torch.cat((images, images)), draws).chunk(2)
+    return apply_views(torch.cat((images, images)), draws, size).chunk(2)
 
 
-def apply_views_cpu(images, draws):
+def apply_views_cpu(images, draws, size):
     """The same on the CPU, several times faster: chunks that stay in the cache, each sorted by the slot of the hue
     shift, so that every image takes only the three blends that it needs."""
     unjittered = 4
     slots = torch.where(draws.jitter, hue_slots(draws), unjittered)
-    views = torch.empty(len(images), 3, SIZE, SIZE)
+    views = torch.empty(len(images), 3, size, size)
     for start in range(0, len(images), CPU_CHUNK):
         chunk = slice(start, start + CPU_CHUNK)
         order = slots[chunk].argsort()
         sorted_draws = draws.rows(chunk).rows(order)
         matrices, of_mean = blend_matrices(sorted_draws)
         matrix, bias = gray_and_normalize(sorted_draws)
-        crops = crop_flip(images[chunk].index_select(0, order), sorted_draws)
+        crops = crop_flip(images[chunk].index_select(0, order), sorted_draws, size)
         made, first = torch.empty_like(crops), 0
         for slot, count in enumerate(slots[chunk].bincount().tolist()):
             rows = slice(first, first + count)

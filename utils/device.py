@@ -27,13 +27,26 @@ def select_device(gpu):
 
 
 def select_precision(name, device):
-    """Resolve 'auto': bf16 on GPUs from compute capability 8.0, fp16 on older ones, fp32 on the CPU. Raises ValueError
-    for fp16 on the CPU."""
+    """Resolve 'auto': bf16 on GPUs from compute capability 8.0 and CPUs that compute in it, fp16 on older GPUs, fp32 on
+    other CPUs. Raises ValueError for fp16 on the CPU."""
     if name == "fp16" and device.type == "cpu":
         raise ValueError("--precision fp16 requires a CUDA GPU; on the CPU use fp32 or bf16")
-    if name != "auto" or device.type == "cpu":
-        return "fp32" if name == "auto" else name
+    if name != "auto":
+        return name
+    if device.type == "cpu":
+        return "bf16" if cpu_has_bf16() else "fp32"
     return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+
+
+def cpu_has_bf16():
+    """Whether the CPU multiplies in bf16 (AVX-512 BF16 or AMX), and torch uses these instructions."""
+    has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return has and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def describe_precision(precision, device):
+    """The precision in words, on a CPU with what speaks for or against bf16."""
+    return f"{precision} (a CPU with{'' if cpu_has_bf16() else 'out'} bf16)" if device.type == "cpu" else precision
 
 
 def autocast(device, precision):
