@@ -23,7 +23,7 @@ import torch
 
 import simsiam
 from utils import log
-from utils.augment import SCALE, SIZE, apply_two_views, draw_views, epoch_generator
+from utils.augment import SCALE, SIZE, apply_two_views, draw_views, epoch_generator, view_sizes
 from utils.cli import (
     Parser, Progress, Stopped, StopRequest, add_data_options, add_device_options, add_run_options, fraction, info,
     real_number, run_script, say, warn, whole_number,
@@ -41,6 +41,7 @@ from utils.run import BACKBONE, CHECKPOINT, FORMAT, UNTRAINED, Run, find_run, ma
 DISTANCES = {"cosine": simsiam.negative_cosine, "cross_entropy": simsiam.cross_entropy}
 LOSSES = dict(symmetric=simsiam.simsiam_loss, asymmetric=simsiam.asymmetric_loss, asymmetric_2x=simsiam.asymmetric_loss)
 LR_PER_256 = 0.03  # learning rate for a batch of 256; it scales linearly (appendix D)
+SAVE_SECONDS = 60  # at least, between checkpoints: writing is not to slow down runs with short epochs
 MAY_CHANGE = (  # in a resumed run; any other setting makes another run
     "data_root", "exp_dir", "trial", "eval_freq", "save_freq", "tensorboard", "compile", "deterministic", "untrained",
 )
@@ -61,7 +62,7 @@ def make_parser():
     training.add_argument("--learning_rate", type=real_number, metavar="LR", help="default: 0.03 * batch_size / 256")
     training.add_argument("--momentum", type=real_number, default=0.9, metavar="M", help="momentum of SGD")
     training.add_argument("--weight_decay", type=real_number, default=5e-4, metavar="WD", help="weight decay of SGD")
-    training.add_argument("--view_size", type=view_schedule, default=str(SIZE), metavar="N|N:SHARE,...",
+    training.add_argument("--view_size", default=str(SIZE), metavar="N|N:SHARE,...",
                           help="pixels; or sizes with their shares of the epochs, as 16:0.5,24:0.25,32:0.25")
     training.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="random seed")
     study = parser.add_argument_group("the paper's study", "Variants of the method (Sec. 4); ablate.py runs them.")
@@ -94,13 +95,16 @@ def build(args, device):
         groups = [(*model.backbone.parameters(), *model.projector.parameters()), model.predictor.parameters()]
     optimizer = torch.optim.SGD([{"params": group} for group in groups], args.learning_rate, args.momentum,
                                 weight_decay=args.weight_decay, fused=True)
+    for parameter in model.parameters():  # a first step that fp16's scaler skips would leave them allocated, not filled
+        if parameter.requires_grad:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     return {"model": model, "optimizer": optimizer, "scaler": scaler}
 
 
-def make_forward(args, model, device):
+def make_forward(args, model, device, steps):
     """The forward pass of a step: images uint8 [B, 3, H, W], the size of the views and the Draws of both -> loss and
-    feature_std, float32 scalars. Compiled as one function on CUDA, once for each size."""
+    feature_std, float32 scalars. Compiled as one function on CUDA, once for each size, if the run is long enough."""
     precision, layout = autocast(device, args.precision), memory_layout(device, args.width, args.batch_size)
     loss_function = partial(LOSSES[args.symmetry], distance=DISTANCES[args.similarity])
 
@@ -115,19 +119,19 @@ def make_forward(args, model, device):
             loss, std = (loss + loss2) / 2, (std + std2) / 2
         return loss, std
 
-    return compile_for(device, forward, args.compile)
+    return compile_for(device, forward, args.compile, steps)
 
 
 def pretrain(args, device, data, model, optimizer, scaler, run, state, stop, begin):
     """Train from `state` to the last epoch, or until a stop is requested. Returns the exit code."""
-    forward = make_forward(args, model, device)
     batch, steps = args.batch_size, len(data.train_images) // args.batch_size  # the last partial batch is dropped
+    forward = make_forward(args, model, device, args.epochs * steps)
     with Progress(args.epochs, state["epoch"] + state["step"] / steps) as progress:
         for epoch in range(state["epoch"], args.epochs):
             rate = cosine(args.learning_rate, epoch, args.epochs, args.warmup_epochs)
             optimizer.param_groups[0]["lr"] = rate  # the second group of --fix_pred_lr keeps its rate
             order, *draws = draw_epoch(args, epoch, data.train_images, device)
-            size = view_size(args.view_size, epoch, args.epochs)
+            size = view_sizes(args.view_size, args.epochs)[epoch]
             done, metrics = state["step"], torch.zeros(steps, 2, device=device)     # loss and std of each step
             metrics[:done] = state["metrics"]
             start = time.perf_counter() - state["seconds"]
@@ -160,7 +164,8 @@ def pretrain(args, device, data, model, optimizer, scaler, run, state, stop, beg
                 figures = log.figures(run.records)
                 progress.advance(state["epoch"] + state["step"] / steps, figures, keep=evaluate and not state["step"])
             stopping, finished = stop.requested, state["epoch"] == args.epochs
-            if stopping or finished or state["step"] == 0 and state["epoch"] % args.save_freq == 0:
+            due = state["step"] == 0 and state["epoch"] % args.save_freq == 0
+            if stopping or finished or due and time.monotonic() - run.saved_time >= SAVE_SECONDS:
                 if not all(value.isfinite().all() for value in model.state_dict().values()):
                     return diverged(args, run, f"epoch {epoch + 1}, step {done} of {steps}: a weight is not finite")
                 state["time"] = time.monotonic() - begin
@@ -205,28 +210,6 @@ def cosine(rate, epoch, epochs, warmup=0):
     return rate * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
 
 
-def view_schedule(text):
-    """Argument type: a size of the views, or a schedule of view_size. Returns the text."""
-    with contextlib.suppress(ValueError):
-        parts = [part.split(":") for part in (text if ":" in text else f"{text}:1").split(",")]
-        sizes, shares = [int(size) for size, _ in parts], [float(share) for _, share in parts]
-        if min(sizes) >= 8 and sizes[-1] == SIZE and min(shares) > 0 and abs(sum(shares) - 1) < 1e-6:
-            return text
-    raise argparse.ArgumentTypeError(f"{text!r}: not sizes of at least 8, the last {SIZE}, with shares that sum to 1")
-
-
-def view_size(schedule, epoch, epochs):
-    """Size of the views in an epoch, counted from 0: of '32', or of '16:0.5,24:0.25,32:0.25' with shares of the
-    epochs, in this order."""
-    end = 0.0
-    for part in schedule.split(","):
-        size, _, share = part.partition(":")
-        end += float(share or 1) * epochs
-        if epoch < round(end):
-            break
-    return int(size)
-
-
 def draw_epoch(args, epoch, images, device):
     """Everything random in an epoch, a function of (seed, epoch): the order of the images, int64 [steps * batch_size]
     on their device, and the Draws of each view of each image, on the device of the run."""
@@ -265,6 +248,7 @@ def set_up(parser, args, argv):
         raise ValueError(f"--fix_pred_lr: with --predictor {args.predictor} no predictor is trained")
     if args.warmup_epochs >= args.epochs:
         raise ValueError(f"--warmup_epochs {args.warmup_epochs}: the run has {args.epochs} epochs")
+    view_sizes(args.view_size, args.epochs)  # raises for a bad schedule
     if args.learning_rate is None:
         args.learning_rate = LR_PER_256 * args.batch_size / 256
     data = load_dataset(args.dataset, args.data_root, device, args.train_size, args.test_size)

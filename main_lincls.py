@@ -75,7 +75,8 @@ def train_sgd(args, device, data, backbone, classifier, optimizer, test_features
         with torch.no_grad(), precision():
             return backbone(views.contiguous(memory_format=torch.channels_last)).float()
 
-    features = compile_for(device, features, args.compile)
+    batch = min(args.batch_size, size)
+    features = compile_for(device, features, args.compile, args.epochs * math.ceil(size / batch))
     with Progress(args.epochs, state["epoch"]) as progress:
         for epoch in range(state["epoch"], args.epochs):
             rate = args.lr * 0.1 ** sum(epoch >= round(milestone * args.epochs) for milestone in MILESTONES)
@@ -85,17 +86,18 @@ def train_sgd(args, device, data, backbone, classifier, optimizer, test_features
             order = torch.randperm(size, generator=generator, device=device)
             draws = draw_views(size, generator, *data.train_images.shape[2:], scale=(args.crop_scale, 1.0))
             sums = torch.zeros(2, device=device)                       # loss and correct predictions
-            for step, rows in enumerate(torch.arange(size, device=device).split(args.batch_size), 1):  # none is dropped
+            for step, rows in enumerate(torch.arange(size, device=device).split(batch), 1):  # none is dropped
                 stop.check()
-                images = data.train_images[order[rows].to(data.train_images.device)].to(device, non_blocking=True)
+                full = F.pad(rows, (0, batch - len(rows)))                         # one shape, so one compilation
+                images = data.train_images[order[full].to(data.train_images.device)].to(device, non_blocking=True)
                 labels = data.train_labels[order[rows]]
-                logits = classifier(features(images, draws.rows(rows)))            # [B, num_cls]
+                logits = classifier(features(images, draws.rows(full))[:len(rows)])    # [B, num_cls]
                 loss = F.cross_entropy(logits, labels)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
                 sums += torch.stack((loss.detach() * len(labels), (logits.argmax(dim=1) == labels).sum()))
-                progress.advance(epoch + min(step * args.batch_size / size, 1))
+                progress.advance(epoch + min(step * batch / size, 1))
             loss, correct = (sums / size).tolist()
             run.log({"epoch": epoch + 1, "train_loss": loss, "train_top1": 100 * correct,
                      **test(classifier, test_features, data.test_labels), "lr": rate,

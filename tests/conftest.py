@@ -69,6 +69,7 @@ def no_figures(monkeypatch):
 def run_main(tmp_path, monkeypatch, no_figures):
     """main.py in this process, its runs in tmp_path/experiments: run_main("--epochs", 2, ...) -> exit code."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretraining, "SAVE_SECONDS", 0)
     return lambda *args: pretraining.main([*SMALL, *map(str, args)])
 
 

@@ -131,7 +131,8 @@ class Code:
 
 
 @pytest.mark.parametrize("content, words", [
-    (b"", "the file is empty"), (b"no checkpoint", "no checkpoint"), (pickle.dumps([1, 2]), "pickle"), (Code(), "code (test_bad_input.Code)"),
+    (b"", "the file is empty"), (b"no checkpoint", "no checkpoint"), (pickle.dumps([1, 2]), "pickle"),
+    (Code(), "code (test_bad_input.Code)"),
 ])
 def test_files_that_are_no_checkpoints_are_refused(refused, no_gpu, tmp_path, content, words):
     if isinstance(content, bytes):
@@ -141,7 +142,7 @@ def test_files_that_are_no_checkpoints_are_refused(refused, no_gpu, tmp_path, co
     for option in ("--pretrained", "--evaluate"):
         backbone = os.path.join("..", "backbone.pt")
         checkpoint.save(backbone, simsiam.resnet18(4).state_dict())
-        args = ["--dataset", "shapes", "--test_size", 20, "--train_size", 20, "--pretrained", backbone, option, "file.pt"]
+        args = [*"--dataset shapes --test_size 20 --train_size 20 --pretrained".split(), backbone, option, "file.pt"]
         refused(main_lincls.main, args, "file.pt", words if option == "--pretrained" else "")
     refused(pretraining.main, ["--resume", "file.pt"], "file.pt", "not a checkpoint" if content else "is empty")
 

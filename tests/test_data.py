@@ -157,7 +157,7 @@ def test_the_same_picture_in_any_mode_is_the_same_image(tmp_path, capsys):
     capsys.readouterr()
     assert len(load_folder(str(tmp_path), 16)[0]) == len(cases)
     warning = capsys.readouterr().err
-    assert warning.count("\n") == 1 and "2 files skipped: 1 .txt, 1 .gif" in warning.replace("1 .gif, 1 .txt", "1 .txt, 1 .gif")
+    assert warning.count("\n") == 1 and "2 files skipped: 1 .gif, 1 .txt" in warning
     for dtype, name in ((np.int32, "32.tif"), (np.float32, "float.tiff"), (np.int16, "signed.tif")):
         Image.fromarray(gray.astype(dtype)).save(tmp_path / name)
         with pytest.raises(ValueError, match=f"{name}.*range"):

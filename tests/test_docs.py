@@ -92,7 +92,8 @@ def test_the_backbone_loads_in_other_resnets(tmp_path, monkeypatch, package):
                                                re.DOTALL) if block.startswith(f"model = {package}."))
     backbone = simsiam.load_backbone(layouts.reference().state_dict(), verbose=False)
     (tmp_path / "experiments" / "1").mkdir(parents=True)
-    torch.save({name: value.half() for name, value in backbone.state_dict().items()}, tmp_path / "experiments/1/backbone.pt")
+    half = {name: value.half() for name, value in backbone.state_dict().items()}
+    torch.save(half, tmp_path / "experiments" / "1" / "backbone.pt")
     monkeypatch.chdir(tmp_path)
     exec(block, scope)
     assert block.count("\n") == 3

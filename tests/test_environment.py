@@ -9,6 +9,7 @@ import textwrap
 import threading
 
 import pytest
+import torch
 
 import export
 import main as pretraining
@@ -24,7 +25,8 @@ CPU_ONLY = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
 def test_runs_in_a_thread_and_several_in_a_process(run_main, no_gpu):
     """As in a notebook: no signals in a thread, nothing of a run left for the next one."""
     codes = []
-    thread = threading.Thread(target=lambda: codes.append(run_main("--epochs", 2, "--max_minutes", 0, "--trial", "run")))
+    options = ("--epochs", 2, "--max_minutes", 0, "--trial", "run")
+    thread = threading.Thread(target=lambda: codes.append(run_main(*options)))
     thread.start()
     thread.join()
     assert codes == [0] and log.read("experiments/run", empty=True) == []
@@ -98,8 +100,7 @@ def test_paths_are_expanded_in_every_option(tmp_path, monkeypatch):
 def test_an_fp16_checkpoint_goes_on_in_the_precision_that_is_typed(run_main, refused, no_gpu, capsys):
     assert run_main("--epochs", 2, "--max_minutes", 0, "--trial", "run") == 0
     state = checkpoint.load("experiments/run/checkpoint.pt")
-    scaler = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
-    state["config"]["precision"], state["scaler"] = "fp16", scaler
+    state["config"]["precision"], state["scaler"] = "fp16", torch.amp.GradScaler("cpu").state_dict()
     checkpoint.save("experiments/run/checkpoint.pt", state)
     refused(pretraining.main, ["--resume", "auto"], "fp16 requires a CUDA GPU", "use fp32 or bf16")
     assert run_main("--resume", "auto", "--precision", "bf16") == 0
@@ -156,7 +157,8 @@ def test_nothing_that_only_unix_has_is_needed(tmp_path):
                 assert not stop.code, stop.code
         import ablate, export, main_lincls, visualize
         data = "--dataset shapes --train_size 128 --test_size 100".split()
-        assert not main_lincls.main([*data, "--pretrained", "runs/1/backbone.pt", "--epochs", "1", "--exp_dir", "linear"])
+        options = "--pretrained runs/1/backbone.pt --epochs 1 --exp_dir linear".split()
+        assert not main_lincls.main([*data, *options])
         assert not ablate.main(["default", *data, *"--width 4 --epochs 1 --batch_size 32 --exp_dir study".split()])
         assert not visualize.main(["--pretrained", "runs/1"])
     """)
@@ -177,18 +179,20 @@ def test_torchrun_with_two_processes_starts_none(tmp_path):
 
 @pytest.mark.slow
 def test_the_slurm_script_requeues_itself_until_the_run_is_finished(tmp_path):
-    """The README's script with stand-ins for srun and scontrol: SIGUSR1 reaches the running script, as from --signal."""
+    """The README's script with stand-ins for srun and scontrol; SIGUSR1 reaches the running script."""
     script = re.search(r"```\n(#!/bin/bash\n.*?)```", (REPO / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
     options = " ".join([*SMALL, "--epochs 40 --eval_freq 40 --exp_dir", str(tmp_path / "runs")])
     (tmp_path / "job.sh").write_text(re.sub(r"--data_root \S+", options, script))
     stand_ins = {"srun": f'#!/bin/bash\n"$@" & echo $! > {tmp_path}/pid; wait $!',
-                 "scontrol": f'#!/bin/bash\necho "$@" >> {tmp_path}/requeued', "python": f'#!/bin/bash\nexec {sys.executable} "$@"'}
+                 "scontrol": f'#!/bin/bash\necho "$@" >> {tmp_path}/requeued',
+                 "python": f'#!/bin/bash\nexec {sys.executable} "$@"'}
     for name, text in stand_ins.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     environment = CPU_ONLY | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "PYTHONUNBUFFERED": "1"}
     for first in (True, False):
-        job = subprocess.Popen(["bash", tmp_path / "job.sh"], cwd=REPO, env=environment, stdout=subprocess.PIPE, text=True)
+        command = ["bash", tmp_path / "job.sh"]
+        job = subprocess.Popen(command, cwd=REPO, env=environment, stdout=subprocess.PIPE, text=True)
         if first:
             job.stdout.readline(), job.stdout.readline()  # nothing to resume; the run has started
             os.kill(int((tmp_path / "pid").read_text()), signal.SIGUSR1)

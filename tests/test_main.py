@@ -225,6 +225,45 @@ def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(whole, run_main, n
     assert_same_run(whole, "damaged")
 
 
+@pytest.mark.parametrize("seconds, expected", [(0, [0, 1, 2, 3]), (60, [0, 3])])
+def test_checkpoints_are_not_written_more_often_than_each_minute(run_main, monkeypatch, seconds, expected):
+    epochs, usual = [], Run.write
+
+    def write(run, files=(), epoch=None):
+        epochs.extend([epoch] * (epoch is not None))
+        usual(run, files, epoch)
+
+    monkeypatch.setattr(Run, "write", write)
+    monkeypatch.setattr(pretraining, "SAVE_SECONDS", seconds)
+    assert run_main("--epochs", 3, "--save_freq", 1) == 0 and epochs == expected
+
+
+@pytest.mark.parametrize("schedule", ["16:0.5,24:0.25,32:0.25"])
+def test_a_schedule_of_view_sizes_reaches_the_network_and_survives_a_stop(run_main, no_gpu, monkeypatch, schedule):
+    seen, usual = [], simsiam.SimSiam.forward
+
+    def forward(model, x1, x2):
+        seen.append(x1.shape[2])
+        return usual(model, x1, x2)
+
+    monkeypatch.setattr(simsiam.SimSiam, "forward", forward)
+    options = ("--epochs", 4, "--eval_freq", 2, "--view_size", schedule)
+    assert run_main(*options, "--trial", "whole") == 0
+    assert seen == 4 * 2 * [16] + 4 * [24] + 4 * [32]
+    with monkeypatch.context() as patch:
+        at_step(11, patch, lambda: signal.raise_signal(signal.SIGTERM))
+        assert run_main(*options, "--trial", "stopped") == 128 + signal.SIGTERM
+    assert run_main("--resume", "auto", "--trial", "stopped") == 0
+    assert_same_run(os.path.abspath("experiments/whole"), "stopped")
+
+
+@pytest.mark.parametrize("schedule", [
+    "x", "", "16", "16:0.5,24", "16:0.5,24:0.5", "16:nan,32:1", "32:-1,32:2", "4:0.5,32:0.5", "16:0.5,32:0.4", "16:1:1,32:0.5",
+])
+def test_bad_schedules_are_refused(refused, schedule):
+    refused(pretraining.main, [*SMALL, "--view_size", schedule], "--view_size", "shares that sum to 1")
+
+
 def test_a_run_has_one_process_at_a_time(run_main, refused, no_gpu):
     assert run_main("--epochs", 1, "--trial", "run", "--max_minutes", 0) == 0
     run = Run("test", "experiments/run", 0)

@@ -76,6 +76,18 @@ def test_sgd_matches_the_protocol_written_out(run_lincls, finished_run, no_gpu, 
     torch.testing.assert_close(ours["bias"], classifier.bias.detach(), rtol=1e-3, atol=1e-3)
 
 
+def test_all_batches_have_one_shape(run_lincls, monkeypatch):
+    """The last one is filled up, so that features are compiled once."""
+    shapes = []
+
+    def recorded(device, function, *args):
+        return lambda images, draws: shapes.append((images.shape, draws.flip.shape)) or function(images, draws)
+
+    monkeypatch.setattr(main_lincls, "compile_for", recorded)
+    assert run_lincls("--epochs", 1, "--batch_size", 50) == 0
+    assert len(shapes) == 3 and set(shapes) == {((50, 3, 32, 32), (50,))}
+
+
 def test_the_rate_is_torchs_multistep(run_lincls):
     assert run_lincls("--epochs", 10, "--batch_size", 128, "--trial", "eval") == 0
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=15.0)  # 30 for a batch of 256

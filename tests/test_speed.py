@@ -36,3 +36,25 @@ def test_rows_have_both_programs(tmp_path):
         assert ours > 0 < base and row["better"] == pytest.approx(ours / base)
         figures = rf"{row['what']} +{base:,.0f} \(.*\) +{ours:,.0f} \(.*\) +{row['better']:.2f}\n"
         assert re.search(figures, output)
+
+
+@pytest.mark.slow
+def test_the_measurements_on_a_gpu_are_rehearsed_on_the_cpu(tmp_path):
+    """benchmarks/gpu.sh: each part alone leaves its results; one that runs out of time leaves what it has so far."""
+    small = {"GPU": "none", "PYTHON": sys.executable, "SPEED": "--width 4 --batch 16 --steps 2 --rounds 1",
+             "MAIN": "--width 4 --dim 16 --pred_dim 8 --batch_size 16 --train_size 64 --test_size 20"}
+
+    def rehearse(*parts, **more):
+        command = ["bash", "benchmarks/gpu.sh", str(tmp_path), "shapes", *parts]
+        return subprocess.run(command, cwd=REPO, env={**os.environ, **small, **more}, capture_output=True, text=True)
+
+    done = rehearse("profile", "main", "speed", "views", "eager", "tuning", "graphs", "fp32", "linear")
+    assert done.returncode == 0 and done.stdout.count("exit code 0") == 9, done.stdout
+    for name in ("speed", "views", "eager", "tuning", "graphs", "fp32"):
+        assert len(json.loads((tmp_path / f"{name}.json").read_text())["rows"]) == 1
+    assert "aten::" in (tmp_path / "profile-table.txt").read_text()
+    assert (tmp_path / "main" / "log.jsonl").read_text().count("\n") == 4
+    assert (tmp_path / "linear" / "results.json").exists()
+    done = rehearse("main", "nothing", LIMIT="8", MAIN=f"{small['MAIN']} --epochs 100000")
+    assert done.returncode == 1 and "exit code 124" in done.stdout and "no part nothing" in done.stdout, done.stdout
+    assert (tmp_path / "main" / "log.jsonl").read_text().count("\n") > 4

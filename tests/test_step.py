@@ -13,6 +13,7 @@ from conftest import SMALL
 from simsiam.resnet import BasicBlock, conv_bn
 from utils import checkpoint, log
 from utils.augment import apply_views
+from utils.device import compile_for
 
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -116,7 +117,7 @@ def test_asymmetric_2x_is_the_mean_over_two_pairs_of_views(shapes):
     def forward(symmetry, *views):
         changed = settings(symmetry=symmetry)
         model = pretraining.build(changed, CPU)["model"]
-        loss, std = pretraining.make_forward(changed, model, CPU)(images, 32, *views)
+        loss, std = pretraining.make_forward(changed, model, CPU, 1)(images, 32, *views)
         loss.backward()
         return loss, std, *(parameter.grad for parameter in model.parameters())
 
@@ -131,9 +132,49 @@ def test_the_std_is_no_part_of_the_gradient(shapes):
     for stop_gradient in (True, False):
         args = settings(stop_gradient=stop_gradient)
         order, *draws = pretraining.draw_epoch(args, 0, shapes.train_images, CPU)
-        forward = pretraining.make_forward(args, pretraining.build(args, CPU)["model"], CPU)
+        forward = pretraining.make_forward(args, pretraining.build(args, CPU)["model"], CPU, 1)
         loss, std = forward(shapes.train_images[order[:32]], 32, *(view.rows(slice(32)) for view in draws))
         assert loss.requires_grad and not std.requires_grad
+
+
+def test_a_first_step_that_the_scaler_skips_changes_nothing():
+    """fp16: five steps of which the first has infinite gradients are the last four, bit for bit."""
+    results = []
+    for skipped in (0, 1):
+        parts, generator = pretraining.build(settings(), CPU), torch.Generator().manual_seed(0)
+        parameters, scaler = list(parts["model"].parameters()), torch.amp.GradScaler("cpu", init_scale=8.0)
+        for step in range(skipped + 4):
+            for parameter in parameters:
+                parameter.grad = torch.full_like(parameter, math.inf)
+                if step >= skipped:
+                    parameter.grad = torch.randn(parameter.shape, generator=generator) * scaler.get_scale()
+            scaler.scale(torch.zeros(()))
+            scaler.step(parts["optimizer"])
+            scaler.update()
+            momenta = [parts["optimizer"].state[parameter]["momentum_buffer"] for parameter in parameters]
+            assert all((momentum == 0).all() for momentum in momenta) == (step < skipped)
+        results.append(parameters + momenta)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_what_is_compiled(monkeypatch, capsys):
+    """By default long runs on CUDA; where compiling fails, nothing, with a warning."""
+    cuda, compiled = torch.device("cuda"), []
+    monkeypatch.setattr(torch, "zeros", lambda *args, **options: None)  # there is no GPU to make them on
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or (lambda *args: 0))
+    for device, choice, steps, expected in (
+        (cuda, None, 5000, True), (cuda, None, 4999, False), (CPU, None, 10**6, False),
+        (cuda, True, 1, True), (CPU, True, 1, True), (cuda, False, 10**6, False),
+    ):
+        assert (compile_for(device, abs, choice, steps) is not abs) == expected
+    assert compiled.count(abs) == 3
+
+    def broken(function, **options):
+        raise RuntimeError("no Python.h\nand more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert compile_for(cuda, abs, True, 1) is abs
+    assert capsys.readouterr().err == "warning: not compiled, which is slower: no Python.h\n"
 
 
 def test_fix_pred_lr_keeps_the_predictors_rate(run_main, monkeypatch, no_gpu):
@@ -191,7 +232,7 @@ def compare_compiled(shapes, device):
         backbone.feature_dim = 32
         model = simsiam.SimSiam(backbone, 64, 32).to(device, memory_format=torch.channels_last)
         order, *draws = pretraining.draw_epoch(args, 0, images, device)
-        forward = pretraining.make_forward(args, model, device)
+        forward = pretraining.make_forward(args, model, device, 1)
         loss, std = forward(images[order[:32]], 32, *(view.rows(slice(32)) for view in draws))
         loss.backward()
         results.append([loss, std, *(parameter.grad for parameter in model.parameters())])

@@ -98,7 +98,7 @@ def load_folder(folder, size):
             files.append(os.path.join(folder, name))
             labels.append(classes.index(name.split(os.sep)[0]) if classes else -1)
     if skipped:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common(9))
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.items()))
         warn(f"{folder}: {skipped.total()} files skipped: {kinds}")
     empty = [os.path.join(folder, name) for label, name in enumerate(classes) if label not in labels]
     if empty or not files:

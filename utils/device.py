@@ -6,7 +6,10 @@ import sys
 
 import torch
 
+from utils.cli import warn
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+COMPILE_STEPS = 5000  # a run of fewer does not earn back the minute or two of compilation (an estimate)
 CPU_QUOTA = "/sys/fs/cgroup/cpu.max"
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # as in malloc.h
 
@@ -62,10 +65,18 @@ def memory_layout(device, width, batch_size):
     return torch.contiguous_format if crashes else torch.channels_last
 
 
-def compile_for(device, function, choice=None):
-    """The function compiled by Inductor, or as it is. choice: True, False, or None for on with CUDA, off on the CPU."""
-    compiled = device.type == "cuda" if choice is None else choice
-    return torch.compile(function, dynamic=False) if compiled else function
+def compile_for(device, function, choice, steps):
+    """The function compiled by Inductor, or as it is. choice: True, False, or None for CUDA and at least COMPILE_STEPS
+    steps. Where a trial shows that nothing can be compiled, it stays as it is, with a warning."""
+    if not (choice or choice is None and device.type == "cuda" and steps >= COMPILE_STEPS):
+        return function
+    torch.compiler.reset()  # torch limits the compilations of a function, also over the runs in one process
+    try:
+        torch.compile(torch.neg)(torch.zeros(8, device=device))
+    except Exception as error:  # of any type: no compiler, no Python.h, no Triton, an older GPU
+        warn(f"not compiled, which is slower: {str(error).splitlines()[0][:100]}")
+        return function
+    return torch.compile(function, dynamic=False)
 
 
 def describe(device):

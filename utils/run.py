@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy
 import torch
@@ -166,14 +167,14 @@ class Run:
     """A run's folder, locked for this process and written by a script. records: the lines of its log.
 
     What cannot be written is a warning, and the next checkpoint tries again. unsaved: why the last attempt failed, or
-    None; saved_epoch: of the newest checkpoint on the disk.
+    None; saved_epoch, saved_time (of time.monotonic): of the newest checkpoint on the disk.
     """
 
     def __init__(self, script, folder, epoch, tensorboard=False):
         self.script, self.folder, self.lock = script, folder, lock(folder)
         log.truncate(folder, epoch)
         self.records, self.pending = log.read(folder, empty=True), []
-        self.unsaved, self.saved_epoch = None, epoch
+        self.unsaved, self.saved_epoch, self.saved_time = None, epoch, time.monotonic()
         self.board = summary_writer(folder, epoch) if tensorboard else None
 
     def close(self):
@@ -199,7 +200,8 @@ class Run:
         self.pending = []
         for name in files:
             checkpoint.save(self.path(name), files[name], keep_previous=name == list(files)[-1])
-        self.saved_epoch = self.saved_epoch if epoch is None else epoch
+        if epoch is not None:
+            self.saved_epoch, self.saved_time = epoch, time.monotonic()
 
     def attempt(self, write, *args):
         """Call write(*args), which raises OSError if it fails."""
