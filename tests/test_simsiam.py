@@ -1,12 +1,15 @@
 """Backbone, heads, losses and variants against torchvision, the paper's counts and written-out forms."""
 import math
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 
 import simsiam
+from simsiam.resnet import conv_as_matmul
 
 VIEWS = torch.randn(2, 16, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
@@ -168,3 +171,38 @@ def test_feature_std_of_a_collapse_behind_a_batch_norm(batch):
     assert simsiam.feature_std(bn(outputs)).item() == pytest.approx(2 / math.sqrt(batch), rel=1e-3)
     outputs[4] = outputs[3]
     assert simsiam.feature_std(bn(outputs)).item() == pytest.approx(2 * math.sqrt(2 / batch), rel=2 / batch)
+
+
+@pytest.mark.parametrize("size, stride", [(1, 1), (2, 1), (4, 1), (4, 2), (5, 2), (8, 2)])
+def test_a_convolution_as_a_matrix_product_is_the_convolution(size, stride):
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    for function in (conv_as_matmul, partial(F.conv2d, padding=1)):
+        generator.manual_seed(0)
+        x = torch.randn(3, 5, size, size, generator=generator, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(7, 5, 3, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+        y = function(x, weight, stride=stride)
+        y.backward(torch.randn(y.shape, generator=generator, dtype=torch.float64))
+        results.append((y, x.grad, weight.grad))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_small_maps_in_bf16_take_the_matrix_product(monkeypatch):
+    """At width 64 the maps of layer4 at 32 pixels; at any width those of 2 pixels; and nothing in float32."""
+    seen, usual = [], simsiam.resnet.conv_as_matmul
+
+    def recorded(x, weight, stride):
+        seen.append(tuple(weight.shape[:2]))
+        return usual(x, weight, stride)
+
+    monkeypatch.setattr(simsiam.resnet, "conv_as_matmul", recorded)
+    for width, size, expected in ((64, 32, [(512, 256), (512, 512), (512, 512), (512, 512)]), (4, 32, []),
+                                  (4, 16, [(32, 16), (32, 32), (32, 32), (32, 32)])):
+        model, images = simsiam.resnet18(width), torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0))
+        seen.clear()
+        exact = model(images)
+        assert seen == []
+        with torch.autocast("cpu", torch.bfloat16):
+            features = model(images)
+        assert seen == expected and (features - exact).norm() < 0.1 * exact.norm()
