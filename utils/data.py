@@ -91,7 +91,7 @@ def load_folder(folder, size):
     files, labels, skipped = [], [], collections.Counter()
     for name in sorted(names, key=lambda name: name.split(os.sep)):
         if not name.lower().endswith(IMG_EXTENSIONS):
-            skipped[os.path.splitext(name)[1] or name] += 1
+            skipped[os.path.splitext(name)[1] or "without extension"] += 1
         elif classes and os.sep not in name:
             skipped["images outside the class folders"] += 1
         else:
