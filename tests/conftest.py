@@ -1,6 +1,7 @@
 """Fixtures of several tests: real CIFAR-10 if it is at hand, and small runs of the scripts in this process."""
 import functools
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ shapes.draw_shapes = functools.lru_cache(shapes.draw_shapes)  # half of the time
 
 
 def pytest_configure(config):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     config.addinivalue_line("markers", "slow: takes long; `make test` skips it, `make test-all` does not")
 
 
