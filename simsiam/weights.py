@@ -15,6 +15,7 @@ from simsiam.resnet import ARCHS
 CHILDREN = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")  # of every ResNet here, in this order
 HEADS = ("fc", "linear", "classifier", "head", "projector", "predictor")  # what else may be stored beside them
 WRAPPERS = re.compile(r"(?<![^./])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)[./]")
+STEM = re.compile(r"((?:.*[./])?)(?:conv1|0)[./]weight")
 AVERAGED = re.compile(r"(?i:momentum|target|teacher|averag)|(?<![a-zA-Z])(?i:ema|k)(?![a-zA-Z])|Ema(?![a-z])|EMA")
 IMAGENET = "0.485 0.456 0.406 and std 0.229 0.224 0.225"
 KINDS = {  # first bytes of other files, in lower case
@@ -57,18 +58,20 @@ def load_backbone(source, arch="resnet18", width=None, verbose=True):
     tensors, first_error = {}, None
     for name, value in flatten(source):
         tensors.setdefault(WRAPPERS.sub("", name), value)
-    stems = find_stems(tensors)
-    for stem in stems:
+    stems = {name: stem[1] for name, value in tensors.items()  # possible first convolutions, and what precedes them
+             if (stem := STEM.fullmatch(name)) and value.ndim == 4 and value.shape[1] == 3}
+    averaged = {stem for stem in stems if AVERAGED.search(stems[stem])}
+    for stem in sorted(stems, key=lambda stem: (stem in averaged, len(stem))):
         try:
-            backbone, line = build(source, tensors, stem, arch, width)
+            backbone, line = build(source, tensors, stem, stems[stem], arch, width)
             break
         except ValueError as error:
             first_error = first_error or error
     else:
         known = ", ".join(list(tensors)[:3]) or "no tensors"
         raise ValueError(f"{label}{first_error or f'no backbone found: no 3x3 conv1.weight among {known} ...'}")
-    left = [f"{prefix_of(name)}*".replace("/", ".") for name in stems if not torch.equal(tensors[name], tensors[stem])]
-    line += " (a moving average)" * is_average(stem) + f", not the one at {' and '.join(left)}" * bool(left)
+    others = [f"{stems[each]}*".replace("/", ".") for each in stems if not torch.equal(tensors[each], tensors[stem])]
+    line += " (a moving average)" * (stem in averaged) + f", not the one at {' and '.join(others)}" * bool(others)
     if verbose:
         (verbose if callable(verbose) else print)(f"{label}{line}")
     return backbone.eval()
@@ -127,28 +130,12 @@ def flatten(item, name=""):
         yield from flatten(value, f"{name}/{key}" if name else str(key))
 
 
-def find_stems(tensors):
-    """Names that may be a backbone's first convolution, the likeliest first."""
-    stems = [name for name, value in tensors.items() if value.ndim == 4 and value.shape[1] == 3
-             and re.search(r"(^|[./])(conv1|0)[./]weight$", name)]
-    return sorted(stems, key=lambda stem: (is_average(stem), len(stem)))
-
-
-def prefix_of(stem):
-    """What stands before conv1.weight, or before 0.weight in an nn.Sequential."""
-    return re.sub(r"(conv1|0)[./]weight$", "", stem)
-
-
-def is_average(stem):
-    return AVERAGED.search(prefix_of(stem)) is not None
-
-
-def build(file, tensors, stem, arch, width):
-    """The backbone whose first convolution is `stem`, and a line that says what it is. Raises ValueError if it does not
-    fit."""
+def build(file, tensors, stem, prefix, arch, width):
+    """The backbone at `prefix`, whose first convolution is `stem`, and a line that says what it is. Raises ValueError
+    if it does not fit."""
     if tuple(tensors[stem].shape[2:]) == (7, 7):
         raise ValueError(f"{stem} is 7x7: an ImageNet stem; only CIFAR ResNets with a 3x3 stem are supported")
-    prefix, inside = prefix_of(stem), {}
+    inside = {}
     for name in (name.removeprefix(prefix) for name in tensors if name.startswith(prefix)):
         root = re.split("[./]", name)[0]
         another = name.startswith(f"{root}/") and root not in CHILDREN and not root.isdecimal()  # dict: an optimizer's
