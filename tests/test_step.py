@@ -13,7 +13,7 @@ from conftest import SMALL
 from simsiam.resnet import BasicBlock, conv_bn
 from utils import checkpoint, log
 from utils.augment import apply_views
-from utils.device import compile_for
+from utils.device import compile_for, describe_precision, select_precision
 
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -155,6 +155,22 @@ def test_a_first_step_that_the_scaler_skips_changes_nothing():
             assert all((momentum == 0).all() for momentum in momenta) == (step < skipped)
         results.append(parameters + momenta)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_precision_follows_the_device(monkeypatch):
+    """bf16 where it is computed in, as torch says; an instruction set that torch may not use does not count."""
+    for avx512, amx, used, expected in ((True, False, True, "bf16"), (False, True, True, "bf16"),
+                                        (False, False, True, "fp32"), (True, True, False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: used)
+        assert select_precision("auto", CPU) == expected
+        assert describe_precision(expected, CPU).startswith(f"{expected} (a CPU with{'out' * (expected == 'fp32')} bf16")
+    for capability, expected in (((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        assert select_precision("auto", torch.device("cuda")) == expected
+    for name in ("bf16", "fp32"):
+        assert select_precision(name, CPU) == name
 
 
 def test_what_is_compiled(monkeypatch, capsys):
