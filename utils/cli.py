@@ -219,7 +219,7 @@ def handle_signals(handler):
     if threading.current_thread() is not threading.main_thread():
         return {}
     heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in heard}
+    return {number: signal.signal(number, handler) or signal.SIG_DFL for number in heard}
 
 
 class Stopped(Exception):
