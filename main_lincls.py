@@ -219,8 +219,8 @@ def make_classifier(args, backbone, device):
     torch.nn.init.zeros_(classifier.bias)
     if args.evaluate is not None:
         try:
-            simsiam.load_tensors(classifier, checkpoint.load(args.evaluate))
-        except (ValueError, AttributeError, TypeError) as error:
+            simsiam.load_tensors(classifier, simsiam.read_file(args.evaluate))
+        except ValueError as error:
             raise ValueError(f"{args.evaluate} is no classifier of these features: {error}") from error
         beside = os.path.join(os.path.dirname(args.evaluate), RESULTS)
         if os.path.exists(beside) and checkpoint.read_json(beside).get("backbone") != args.backbone:

@@ -18,6 +18,7 @@ set -euo pipefail
 PYTHON=${PYTHON:-python3}
 SEEDS=1 MINUTES='' DATA=data GPU=0 NAME=paper ENTRY=simsiam_resnet18_cifar10 WEIGHTS=weights PRETRAIN='' LINEAR=''
 while [ $# -gt 0 ]; do
+    [[ $1 != --*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
     case $1 in
     --help | -h) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0" && exit 0 ;;
     --seeds) SEEDS=${2-} ;;

@@ -13,14 +13,17 @@ import torch
 from simsiam.resnet import ARCHS
 
 CHILDREN = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")  # of every ResNet here, in this order
-HEADS = ("fc", "linear", "classifier", "head", "projector", "predictor")  # what else may be stored beside them
-WRAPPERS = re.compile(r"(?<![^./])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)[./]")
+PART = re.compile(r"(conv|bn|layer)?\d+")  # what a part of a ResNet is called, here or elsewhere; the rest are heads
+WRAPPERS = re.compile(r"(?<![^./])(module|_[a-z_]+)[./]")  # of DataParallel, torch.compile, FSDP and others
 STEM = re.compile(r"((?:.*[./])?)(?:conv1|0)[./]weight")
-AVERAGED = re.compile(r"(?i:momentum|target|teacher|averag)|(?<![a-zA-Z])(?i:ema|k)(?![a-zA-Z])|Ema(?![a-z])|EMA")
+WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+AVERAGED = set("ema momentum target teacher average averaged avg shadow slow swa key k m".split())
+ONLINE = {"online", "student", "query", "q", "source"}
 IMAGENET = "0.485 0.456 0.406 and std 0.229 0.224 0.225"
 KINDS = {  # first bytes of other files, in lower case
     b"version https://git-lfs": "a Git LFS pointer; git lfs pull fetches the file itself",
-    b"<": "an HTML page, as failed downloads leave", b"\x80": "pickled code or another pickle than torch.save's",
+    b"<?xml": "XML, as failed downloads leave", b"<": "an HTML page, as failed downloads leave",
+    b"\x80": "it needs pickled code, or is damaged",
     b"\x93numpy": "a NumPy array", b"\x89hdf": "an HDF5 file", b"gguf": "a GGUF file",
     b"\x1f\x8b": "compressed by gzip", b"bzh": "compressed by bzip2", b"\xfd7zxz": "compressed by xz",
 }
@@ -44,8 +47,8 @@ def load_backbone(source, arch="resnet18", width=None, verbose=True):
     width: channels of the stem (default: those of the checkpoint). verbose: print what was recognized, or a function to
     call with this line. The backbone is found anywhere in nested dicts, under any prefix; every tensor must be present
     with its name and shape, except num_batches_tracked. Of several, the one that is no moving average is taken, then
-    the shortest name. The stem becomes that of the code which wrote the file: solo-learn pads by 2, and lightly's CIFAR
-    benchmark has no ReLU after it.
+    the one with the shortest name. The stem becomes that of the code which wrote the file: solo-learn pads by 2, and
+    lightly's CIFAR benchmark has no ReLU after it.
 
     Files are read with weights_only=True: pickled code never runs. Raises OSError if the file cannot be read, and
     ValueError that says what it is instead, or that lists missing, unexpected and misshapen tensors.
@@ -55,13 +58,13 @@ def load_backbone(source, arch="resnet18", width=None, verbose=True):
     label = ""
     if isinstance(source, (str, os.PathLike)):
         label, source = f"{source}: ", read_file(source)
-    tensors, first_error = {}, None
-    for name, value in flatten(source):
-        tensors.setdefault(WRAPPERS.sub("", name), value)
+    tensors, first_error = dict(flatten(source)), None
     stems = {name: stem[1] for name, value in tensors.items()  # possible first convolutions, and what precedes them
              if (stem := STEM.fullmatch(name)) and value.ndim == 4 and value.shape[1] == 3}
-    averaged = {stem for stem in stems if AVERAGED.search(stems[stem])}
-    for stem in sorted(stems, key=lambda stem: (stem in averaged, len(stem))):
+    words = {stem: [word.lower() for word in WORD.findall(stems[stem])] for stem in stems}
+    averaged, online = ({stem: sum(word in known for word in words[stem]) for stem in stems}
+                        for known in (AVERAGED, ONLINE))
+    for stem in sorted(stems, key=lambda stem: (averaged[stem], -online[stem], len(stem))):
         try:
             backbone, line = build(source, tensors, stem, stems[stem], arch, width)
             break
@@ -70,8 +73,10 @@ def load_backbone(source, arch="resnet18", width=None, verbose=True):
     else:
         known = ", ".join(list(tensors)[:3]) or "no tensors"
         raise ValueError(f"{label}{first_error or f'no backbone found: no 3x3 conv1.weight among {known} ...'}")
-    others = [f"{stems[each]}*".replace("/", ".") for each in stems if not torch.equal(tensors[each], tensors[stem])]
-    line += " (a moving average)" * (stem in averaged) + f", not the one at {' and '.join(others)}" * bool(others)
+    others = [f"{stems[each]}*".replace("/", ".") for each in stems if not torch.equal(tensors[each], tensors[stem])
+              and any(name.startswith(stems[each]) and name.endswith("running_mean") for name in tensors)]
+    line += " (a moving average)" * (averaged[stem] > online[stem])
+    line += f", not the one at {' and '.join(others)}" * bool(others)
     if verbose:
         (verbose if callable(verbose) else print)(f"{label}{line}")
     return backbone.eval()
@@ -102,7 +107,7 @@ def kind_of(content, error):
     if isinstance(error, ImportError):
         return "safetensors; pip install safetensors reads it"
     for magic, words in KINDS.items():
-        if content[:64].lstrip().lower().startswith(magic):
+        if content[:64].removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith(magic):
             return words
     if re.fullmatch(rb"[\s -~]+", content[:64]):
         return f"text that begins with {content[:40].decode()!r}"
@@ -114,11 +119,13 @@ def kind_of(content, error):
             if any(re.search(form, name) for name in names):
                 return words
         if not any(name.endswith("data.pkl") for name in names):
-            return f"a zip archive of {', '.join(names[:3])} ..."
+            return f"a zip archive of {', '.join(names[:3]) or 'nothing'}"
         if isinstance(error, pickle.UnpicklingError):
             code = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
-            return f"pickled code ({', '.join(code[:3])}), which is not run; save its state_dict alone"
-    return "truncated or damaged" if content else "the file is empty"
+            return f"it needs pickled code ({', '.join(code[:3])}); save its state_dict alone"
+        return "truncated or damaged"
+    damaged = "truncated or damaged" if content.startswith(b"PK") else "not a file of torch.save"
+    return damaged if content else "the file is empty"
 
 
 def flatten(item, name=""):
@@ -137,18 +144,16 @@ def build(file, tensors, stem, prefix, arch, width):
         raise ValueError(f"{stem} is 7x7: an ImageNet stem; only CIFAR ResNets with a 3x3 stem are supported")
     inside = {}
     for name in (name.removeprefix(prefix) for name in tensors if name.startswith(prefix)):
-        root = re.split("[./]", name)[0]
-        another = name.startswith(f"{root}/") and root not in CHILDREN and not root.isdecimal()  # dict: an optimizer's
-        if root not in HEADS and not another:
-            inside[name.replace("/", ".")] = tensors[prefix + name]
+        if PART.fullmatch(re.split("[./]", name)[0]):
+            inside[WRAPPERS.sub("", name).replace("/", ".")] = tensors[prefix + name]
     inside, stem_relu = (inside, True) if "conv1.weight" in inside else name_children(inside)
     found = {name.replace(".shortcut.", ".downsample."): value for name, value in inside.items()
              if name.split(".")[0] != "head" and (value.dtype == torch.int64 or not name.endswith("batches_tracked"))}
     backbone = ARCHS[arch](found["conv1.weight"].shape[0] if width is None else width)
     own = backbone.state_dict()
     counters = {name: own[name] for name in own if name.endswith("num_batches_tracked") and name not in found}
-    load_tensors(backbone, counters | found)  # they change nothing: their absence neither
-    origin = recognize(file, tensors, prefix)
+    load_tensors(backbone, counters | found)  # counters have no effect in evaluation
+    origin = recognize(file, tensors, WRAPPERS.sub("", prefix))
     backbone.conv1.padding, backbone.stem_relu = (origin.stem_padding, origin.stem_padding), stem_relu
     others = sum(name.startswith(re.match("(.*?/)?", prefix)[0]) for name in tensors) - len(found)
     notes = [f"{origin.name}; {len(found)} of {len(own)} backbone tensors matched"]
@@ -198,6 +203,9 @@ def recognize(file, tensors, prefix):
 def load_tensors(module, tensors):
     """Copy a state dict into the module; names and shapes must match exactly. Raises ValueError that lists what is
     missing, unexpected, or of another shape or type, and for weights that are not finite."""
+    if not (isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+            and all(map(torch.is_tensor, tensors.values()))):
+        raise ValueError("not a state dict")
     own = module.state_dict()
     pairs = {name: (tensors[name], own[name]) for name in own if name in tensors}
     problems = {

@@ -145,6 +145,9 @@ def test_files_that_are_no_checkpoints_are_refused(refused, no_gpu, tmp_path, co
         args = [*"--dataset shapes --test_size 20 --train_size 20 --pretrained".split(), backbone, option, "file.pt"]
         refused(main_lincls.main, args, "file.pt", words if option == "--pretrained" else "")
     refused(pretraining.main, ["--resume", "file.pt"], "file.pt", "not a checkpoint" if content else "is empty")
+    for odd in (torch.zeros(3), {"weight": 1}, {1: torch.zeros(2)}):
+        checkpoint.save(os.path.join("..", "odd.pt"), odd)
+        refused(main_lincls.main, [*args[:-1], os.path.join("..", "odd.pt")], "odd.pt is no classifier")
 
 
 def test_a_checkpoint_with_any_damage_is_refused_or_whole(tmp_path):

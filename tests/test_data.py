@@ -116,9 +116,10 @@ def test_load_folder_matches_image_folder(tmp_path, capsys):
     with pytest.raises(OSError, match="images"):
         load_folder(str(tmp_path / ".hidden"), 40)
     (tmp_path / "b" / "none").mkdir()
-    (tmp_path / "b" / "none" / "notes.txt").touch()
-    with pytest.raises(OSError, match="none"):
-        load_folder(str(tmp_path / "b"), 40)
+    for content in ("notes.txt", ".hidden.png"):
+        with pytest.raises(OSError, match="none.*no images"):
+            load_folder(str(tmp_path / "b"), 40)
+        (tmp_path / "b" / "none" / content).touch()
 
 
 def test_the_same_picture_in_any_mode_is_the_same_image(tmp_path, capsys):
@@ -165,10 +166,18 @@ def test_the_same_picture_in_any_mode_is_the_same_image(tmp_path, capsys):
         (tmp_path / name).unlink()
 
 
+def test_a_transparent_level_of_gray_is_white_with_16_bits_too(tmp_path):
+    gray = np.arange(0, 240, dtype=np.uint8).reshape(15, 16)
+    Image.fromarray(gray).save(tmp_path / "8.png", transparency=7)
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "16.png", transparency=7 * 257)
+    eight, sixteen = (np.asarray(read_image(tmp_path / name)) for name in ("8.png", "16.png"))
+    assert (eight == np.where(gray == 7, 255, gray)[..., None]).all() and (eight == sixteen).all()
+
+
 def test_hidden_files_and_folders_are_no_data_at_any_depth(tmp_path):
     image = Image.new("RGB", (8, 8))
     for name in ("a/1.png", "a/deep/2.png", "a/.cache/3.png", "a/deep/._2.png", ".ipynb_checkpoints/4.png", "b/5.png",
-                 "__MACOSX/a/6.png"):
+                 "__MACOSX/a/6.png", "b/__MACOSX/7.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         image.save(tmp_path / name)
     _, labels, classes, files = load_folder(str(tmp_path), 8)
@@ -195,3 +204,18 @@ def test_a_root_one_level_too_high_or_too_deep_is_understood(root, tmp_path, mon
     data = load_dataset("cifar10", root.format("my data é"), CPU)
     assert data.train_images.shape == (10, 3, 32, 32) and data.test_labels.tolist() == [0, 9]
     assert ("reading" in capsys.readouterr().out) == (root != "{}")
+
+
+def test_incomplete_data_are_not_completed_elsewhere(tmp_path, monkeypatch):
+    """A renamed folder with some of the files: the download goes where it was asked for. A file is no folder."""
+    for folder in ("renamed", "deep/other/cifar-10-batches-py"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "data_batch_1").touch()
+    asked = []
+    monkeypatch.setattr(CIFAR10, "download", lambda dataset: asked.append(dataset.root))
+    for root in ("renamed", "deep"):
+        with pytest.raises(OSError, match="no intact"):
+            load_dataset("cifar10", str(tmp_path / root), CPU)
+        assert asked.pop() == str(tmp_path / root)
+    with pytest.raises(OSError, match="is a file"):
+        load_dataset("cifar10", str(tmp_path / "renamed" / "data_batch_1"), CPU)

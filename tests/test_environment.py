@@ -65,6 +65,7 @@ def test_signals_of_queues_stop_a_run_as_sigterm_does(run_main, no_gpu, monkeypa
 
 @pytest.mark.parametrize("variables", [
     {"WORLD_SIZE": "2", "RANK": "0"}, {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"}, {"OMPI_COMM_WORLD_SIZE": "2"},
+    {"PMI_SIZE": "2", "PMI_RANK": "0"},
 ])
 def test_one_of_several_processes_says_that_there_is_one_device(monkeypatch, capsys, variables):
     def started(**others):
@@ -77,7 +78,7 @@ def test_one_of_several_processes_says_that_there_is_one_device(monkeypatch, cap
 
     monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
     assert started().count("\n") == 1
-    assert started(RANK="1", SLURM_PROCID="3", OMPI_COMM_WORLD_RANK="1") == ""
+    assert started(RANK="1", SLURM_PROCID="3", OMPI_COMM_WORLD_RANK="1", PMI_RANK="1") == ""
 
 
 def test_paths_are_expanded_in_every_option(tmp_path, monkeypatch):
@@ -93,8 +94,9 @@ def test_paths_are_expanded_in_every_option(tmp_path, monkeypatch):
     assert args.exp_dir == str(tmp_path / "home" / "runs é") and args.data_root == "/scratch dir//scratch dir"
     (tmp_path / "a$SCRATCH").touch()
     assert cli.file_path("a$SCRATCH") == "a$SCRATCH"
-    with pytest.raises(argparse.ArgumentTypeError, match="UNSET_VARIABLE"):
-        cli.file_path("$UNSET_VARIABLE/x")
+    for text in ("$UNSET_VARIABLE/x", "~nobody_of_this_name/x"):
+        with pytest.raises(argparse.ArgumentTypeError, match="no such user or environment variable"):
+            cli.file_path(text)
 
 
 def test_an_fp16_checkpoint_goes_on_in_the_precision_that_is_typed(run_main, refused, no_gpu, capsys):
@@ -197,5 +199,6 @@ def test_the_slurm_script_requeues_itself_until_the_run_is_finished(tmp_path):
             job.stdout.readline(), job.stdout.readline()  # nothing to resume; the run has started
             os.kill(int((tmp_path / "pid").read_text()), signal.SIGUSR1)
         assert "Interrupted" in job.communicate()[0] or not first
+        assert job.returncode == (128 + signal.SIGUSR1 if first else 0)
         assert (tmp_path / "requeued").read_text() == "requeue 7\n"
     assert len(log.read(str(next((tmp_path / "runs").iterdir())))) == 40

@@ -258,7 +258,8 @@ def test_a_schedule_of_view_sizes_reaches_the_network_and_survives_a_stop(run_ma
 
 
 @pytest.mark.parametrize("schedule", [
-    "x", "", "16", "16:0.5,24", "16:0.5,24:0.5", "16:nan,32:1", "32:-1,32:2", "4:0.5,32:0.5", "16:0.5,32:0.4", "16:1:1,32:0.5",
+    "x", "", "16", "16:0.5,24", "16:0.5,24:0.5", "16:nan,32:1", "32:-1,32:2", "4:0.5,32:0.5",
+    "16:0.5,32:0.4", "16:1:1,32:0.5",
 ])
 def test_bad_schedules_are_refused(refused, schedule):
     refused(pretraining.main, [*SMALL, "--view_size", schedule], "--view_size", "shares that sum to 1")

@@ -34,7 +34,7 @@ def test_the_same_command_leads_from_the_data_to_the_released_weights(reproduce,
     pretrain = "--width 16 --train_size 300 --test_size 200 --batch_size 64 --epochs 2"
     linear = "--features cached --train_size 300 --test_size 200"
     weights, runs, logs = tmp_path / "released", tmp_path / "experiments" / "small", tmp_path / "logs"
-    command = ["--gpu", "none", "--name", "small", "--weights", str(weights), "--entry", NAME,
+    command = ["--gpu=none", "--name", "small", "--weights", str(weights), "--entry", NAME,
                "--data_root", cifar_root, "--pretrain", pretrain, "--linear", linear]
     done = reproduce(*command, "--max_minutes", "0")
     assert done.returncode == 0 and done.stdout.endswith("Stopped after 0 minutes. The same command continues.\n")

@@ -199,7 +199,8 @@ def test_small_maps_in_bf16_take_the_matrix_product(monkeypatch):
     monkeypatch.setattr(simsiam.resnet, "conv_as_matmul", recorded)
     for width, size, expected in ((64, 32, [(512, 256), (512, 512), (512, 512), (512, 512)]), (4, 32, []),
                                   (4, 16, [(32, 16), (32, 32), (32, 32), (32, 32)])):
-        model, images = simsiam.resnet18(width), torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        model, images = simsiam.resnet18(width), torch.randn(8, 3, size, size, generator=generator)
         seen.clear()
         exact = model(images)
         assert seen == []

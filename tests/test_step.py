@@ -165,7 +165,7 @@ def test_the_precision_follows_the_device(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: used)
         assert select_precision("auto", CPU) == expected
-        assert describe_precision(expected, CPU).startswith(f"{expected} (a CPU with{'out' * (expected == 'fp32')} bf16")
+        assert describe_precision(expected, CPU) == f"{expected} (a CPU with{'out' * (expected == 'fp32')} bf16)"
     for capability, expected in (((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         assert select_precision("auto", torch.device("cuda")) == expected

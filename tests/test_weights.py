@@ -107,9 +107,27 @@ def test_a_complete_backbone_is_found_anywhere(nest):
     assert torch.equal(features(backbone), features(simsiam.load_backbone(layouts.reference().state_dict())))
 
 
+@pytest.mark.parametrize("neighbor", ["n_averaged", "module.temperature", "queue", "projection_head.0.weight"])
+@pytest.mark.parametrize("prefix", ["", "module.", "net."])
+def test_what_stands_beside_a_backbone_is_ignored(prefix, neighbor):
+    backbone = simsiam.load_backbone(layouts.under(prefix, TENSORS) | {neighbor: torch.zeros(2)}, verbose=False)
+    assert torch.equal(backbone.conv1.weight, TENSORS["conv1.weight"])
+
+
+def test_two_backbones_do_not_become_one(capsys):
+    """module.* and bare names; and an incomplete one is not filled up."""
+    other = {name: value + 1 for name, value in TENSORS.items()}
+    for bare in (TENSORS, {"conv1.weight": TENSORS["conv1.weight"]}):
+        backbone = simsiam.load_backbone(layouts.under("module.", other) | bare)
+        assert torch.equal(backbone.bn1.weight, (bare if len(bare) > 1 else other)["bn1.weight"])
+        assert ("not the one at module.*" in capsys.readouterr().out) == (len(bare) > 1)
+
+
 @pytest.mark.parametrize("online, average", [
     ("online_encoder.", "target_encoder."), ("backbone.", "ema."), ("student.backbone.", "teacher."),
-    ("backbone.", "momentum_backbone."), ("encoder_q.", "encoder_k."), ("model.net.", "model_ema."), ("a.b.", "modelEma."),
+    ("backbone.", "momentum_backbone."), ("encoder_q.", "encoder_k."), ("model.net.", "model_ema."),
+    ("a.b.", "modelEma."), ("onlineModel.", "emaModel."), ("encoder_query.", "encoder_key."), ("encoder.", "encoderK."),
+    ("encoder.", "shadow."), ("mean_teacher.student.", "mean_teacher.teacher."), ("byol_ema.online.", "byol_ema.target."),
 ])
 @pytest.mark.parametrize("separate", [False, True])
 def test_of_two_backbones_the_online_one_is_taken(online, average, separate, capsys):
@@ -119,7 +137,8 @@ def test_of_two_backbones_the_online_one_is_taken(online, average, separate, cap
         first, second = {average.strip("."): other}, {online.strip("."): TENSORS}
     backbone = simsiam.load_backbone({"state_dict": first | second})
     assert torch.equal(backbone.bn1.running_var, TENSORS["bn1.running_var"])
-    assert f"not the one at state_dict.{average}*" in capsys.readouterr().out
+    line = capsys.readouterr().out
+    assert f"not the one at state_dict.{average}*" in line and "(a moving average)" not in line
     simsiam.load_backbone({"state_dict": first})
     assert "(a moving average)" in capsys.readouterr().out
 
@@ -137,13 +156,15 @@ def other_files(folder):
     numpy.savez(folder / "npz", numpy.zeros(3))
     (folder / "npz.npz").rename(folder / "npz")
     torch.save(Network(), folder / "test_weights.Network")
-    torch.save(Network(), folder / "pickled code", _use_new_zipfile_serialization=False)
+    torch.save(Network(), folder / "needs pickled code", _use_new_zipfile_serialization=False)
     with zipfile.ZipFile(folder / "zip archive of notes.txt", "w") as archive:
         archive.writestr("notes.txt", "text")
     with tarfile.open(folder / "tar archive", "w") as archive:
         archive.add(folder / "npz")
     (folder / "Git LFS pointer").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
     (folder / "HTML page").write_text("\n<!DOCTYPE html><html>Sign in</html>")
+    (folder / "XML").write_bytes(b"\xef\xbb\xbf<?xml version='1.0'?><Error>AccessDenied</Error>")
+    (folder / "not a file of torch.save").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
     (folder / "404: Not Found").write_text("404: Not Found")
     (folder / "gzip").write_bytes(gzip.compress(b"0" * 1000))
     (folder / "the file is empty").write_bytes(b"")

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 LINE_SECONDS = 30  # between lines of progress where there is no terminal
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGBREAK")
-                if hasattr(signal, name)]  # Windows has not all of them, and SIGBREAK
-RANKS = {"WORLD_SIZE": "RANK", "SLURM_STEP_NUM_TASKS": "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK"}
+                if hasattr(signal, name)]  # Windows lacks some; SIGBREAK is its own
+RANKS = {"WORLD_SIZE": "RANK", "SLURM_STEP_NUM_TASKS": "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+         "PMI_SIZE": "PMI_RANK"}  # launchers' variables: number of processes, and which one this is
 quiet = False      # --quiet: `info` and the bars show nothing
 
 
@@ -91,8 +92,8 @@ def file_path(text):
     """Argument type: a path, with ~ and environment variables expanded."""
     text = os.path.expanduser(text)
     expanded = text if os.path.lexists(text) else os.path.expandvars(text)  # $ may be part of a name
-    if re.search(r"\$(\w|{)", expanded) and not os.path.lexists(expanded):
-        raise argparse.ArgumentTypeError(f"{expanded!r}: there is no such environment variable")
+    if re.search(r"^~|\$(\w|{)", expanded) and not os.path.lexists(expanded):
+        raise argparse.ArgumentTypeError(f"{expanded!r}: there is no such user or environment variable")
     return expanded
 
 

@@ -58,12 +58,14 @@ def load_dataset(name, root, device, train_size=None, test_size=None):
 
 def open_cifar(name, root):
     """Both splits as torchvision data sets; missing or damaged files (by MD5) are downloaded. root may also be the
-    folder of the files itself, or the parent of the one that has it."""
+    folder of the files itself, of any name, or the parent of the one that has it, if all files are there."""
+    if os.path.isfile(root):
+        raise NotADirectoryError(f"{root!r} is a file, not the folder of the data")
     own = CIFAR[name]
     below = sorted(glob.glob(os.path.join(glob.escape(root), "*", own.base_folder)))
     places = [os.path.join(root, own.base_folder), root, *below]
-    place = next((place for place in places for file, _ in (*own.train_list, *own.test_list)
-                  if os.path.exists(os.path.join(place, file))), places[0])
+    place = next((place for place in places if all(os.path.exists(os.path.join(place, file))
+                  for file, _ in (*own.train_list, *own.test_list))), places[0])
     if place != places[0]:
         info(f"{root}: reading {place}")
     parent, folder = os.path.split(os.path.abspath(place))
@@ -85,28 +87,31 @@ def load_folder(folder, size):
     folder without images, and naming it for an image that cannot be read, ValueError for one of unknown range."""
     if not os.path.isdir(folder):
         raise OSError(f"{folder!r}: no such folder")
-    names = [name for name in glob.glob("**/*", root_dir=folder, recursive=True)  # the hidden ones are not among them
-             if not name.startswith("__MACOSX") and not os.path.isdir(os.path.join(folder, name))]
-    classes = sorted({name.split(os.sep)[0] for name in names if os.sep in name})
+    names = [name.split(os.sep) for name in glob.glob("**", root_dir=folder, recursive=True)]  # without hidden ones
+    names = sorted(name for name in names if name != [""] and "__MACOSX" not in name)
+    classes = [name[0] for name in names if len(name) == 1 and os.path.isdir(os.path.join(folder, *name))]
     files, labels, skipped = [], [], collections.Counter()
-    for name in sorted(names, key=lambda name: name.split(os.sep)):
+    for *parents, name in names:
+        path = os.path.join(folder, *parents, name)
+        if not (os.path.isfile(path) or os.path.islink(path)):
+            continue
         if not name.lower().endswith(IMG_EXTENSIONS):
-            skipped[os.path.splitext(name)[1] or "without extension"] += 1
-        elif classes and os.sep not in name:
+            skipped[os.path.splitext(name)[1].lower() or "without extension"] += 1
+        elif classes and not parents:
             skipped["images outside the class folders"] += 1
         else:
-            files.append(os.path.join(folder, name))
-            labels.append(classes.index(name.split(os.sep)[0]) if classes else -1)
-    if skipped:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.items()))
-        warn(f"{folder}: {skipped.total()} files skipped: {kinds}")
-    empty = [os.path.join(folder, name) for label, name in enumerate(classes) if label not in labels]
+            files.append(path)
+            labels.append(classes.index(parents[0]) if classes else -1)
+    empty = [os.path.join(folder, classes[label]) for label in sorted(set(range(len(classes))) - set(labels))]
     if empty or not files:
         raise OSError(f"{(empty or [folder])[0]!r}: no images ({', '.join(IMG_EXTENSIONS)})")
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
     for i, file in enumerate(bar(files, desc="images", leave=False, delay=2)):
         image = functional.center_crop(functional.resize(read_image(file), [size]), [size, size])
         images[i] = functional.pil_to_tensor(image)
+    if skipped:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.items()))
+        warn(f"{folder}: {skipped.total()} files skipped: {kinds}")
     return images, torch.tensor(labels), classes, files
 
 
@@ -120,7 +125,9 @@ def read_image(file):
             with contextlib.suppress(Exception):  # a damaged tag says nothing
                 image = ImageOps.exif_transpose(opened)
             if image.mode.startswith("I;16") or image.mode == "I" and opened.format in ("PNG", "PPM"):
-                image = Image.fromarray((numpy.asarray(image) / 257).round().astype(numpy.uint8))
+                values = numpy.asarray(image)
+                values = numpy.where(values == image.info.get("transparency"), 65535, values)
+                image = Image.fromarray((values / 257).round().astype(numpy.uint8))
             elif "A" in image.getbands() or "transparency" in image.info:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             if image.mode not in ("I", "F"):
