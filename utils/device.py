@@ -74,7 +74,7 @@ def compile_for(device, function, choice, steps):
     try:
         torch.compile(torch.neg)(torch.zeros(8, device=device))
     except Exception as error:  # of any type: no compiler, no Python.h, no Triton, an older GPU
-        warn(f"not compiled, which is slower: {str(error).splitlines()[0][:100]}")
+        warn(f"not compiled, which is slower: {(str(error) or repr(error)).splitlines()[0][:100]}")
         return function
     return torch.compile(function, dynamic=False)
 
