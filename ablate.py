@@ -124,8 +124,9 @@ def table(results):
              ["---"] * 7]
     reference = results.get("default", ({},))[0]
     for name, (runs, settings, paper) in results.items():
-        knn, std, loss = ({seed: log.last(records, key) for seed, records in runs.items()}
-                          for key in ("knn200", "std", "loss"))
+        knn, std, loss = ({seed: log.last(records, key) for seed, records in runs.items()
+                           if log.last(records, key) is not None}
+                          for key in ("knn200", "std", "loss"))  # without labels there is no kNN
         difference = [knn[seed] - log.last(reference[seed], "knn200") for seed in knn if seed in reference]
         least = collapse_std(settings["batch_size"], settings.get("head_bn", "default"))
         lines.append([name, paper, mean_and_std(knn.values(), ".2f"),

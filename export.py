@@ -23,13 +23,13 @@ import simsiam
 from utils import checkpoint, log
 from utils.augment import MEAN, SIZE, STD
 from utils.cli import (
-    Parser, add_data_options, add_device_options, add_normalization, file_path, run_script, say, warn, whole_number,
+    Parser, add_data_options, add_device_options, add_normalization, data_options, file_path, run_script, say, warn,
 )
 from utils.data import DATASETS, load_dataset, load_folder
 from utils.device import autocast, describe, select_device, select_precision
-from utils.knn import extract_features, knn_accuracy
+from utils.knn import extract_features, monitor
 from utils.metrics import top_k
-from utils.run import BACKBONE, RESULTS, read_config
+from utils.run import BACKBONE, RESULTS, pretraining_settings, read_config
 
 TOLERANCE = 0.05  # percentage points between accuracies that count as equal
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -45,7 +45,6 @@ def make_parser():
     features.add_argument("--output", required=True, type=file_path, metavar="FILE", help="new .npz file")
     add_data_options(features, DATASETS)
     features.add_argument("--images", type=file_path, metavar="FOLDER", help="images, in class folders or not")
-    features.add_argument("--size", type=whole_number(8), default=SIZE, metavar="N", help="resize --images to N pixels")
     add_normalization(features, MEAN, STD)
     release = commands.add_parser("release", help="weights/NAME.pt, .safetensors, its classifier and NAME.json")
     release.add_argument("run", type=file_path, metavar="RUN", help="folder of a finished run of main.py")
@@ -67,15 +66,18 @@ def export_features(args):
         raise ValueError(f"{args.output} exists")
     device = select_device(args.gpu)
     backbone = simsiam.load_backbone(args.pretrained, args.arch, verbose=say).to(device)
+    args.image_size = args.image_size or pretraining_settings(args.pretrained).get("image_size")
     if args.images is not None:
-        images, labels, classes, files = load_folder(args.images, args.size)
+        images, labels, classes, files = load_folder(args.images, args.image_size or SIZE)
         splits, arrays = {"": (images, labels)}, {"files": numpy.array(files, dtype=str)}
     else:
-        data = load_dataset(args.dataset, args.data_root, device, args.train_size, args.test_size)
+        data = load_dataset(args.dataset, args.data_root, device, **data_options(vars(args)))
         splits = {"train_": (data.train_images, data.train_labels), "test_": (data.test_images, data.test_labels)}
         classes, arrays = data.classes, {}
     precision = autocast(device, select_precision(args.precision, device))
     for prefix, (images, labels) in splits.items():
+        if not len(images):
+            continue
         features = extract_features(backbone, images, precision, args.mean, args.std)
         arrays |= {f"{prefix}features": features.cpu().numpy(), f"{prefix}labels": labels.cpu().numpy()}
     content = io.BytesIO()
@@ -88,12 +90,13 @@ def measure(backbone, classifier, linear, settings, args):
     """kNN and linear accuracies of a released backbone in percent, and the device and precision."""
     device = select_device(args.gpu)
     precision = select_precision(args.precision, device)
-    data = load_dataset(settings["dataset"], args.data_root, device, settings["train_size"], settings["test_size"])
+    data = load_dataset(settings["dataset"], args.data_root, device, **data_options(settings))
     backbone.to(device, memory_format=torch.channels_last)
-    accuracies = knn_accuracy(backbone, data, autocast(device, precision))
+    figures = monitor(backbone, data, autocast(device, precision))
     features = extract_features(backbone, data.test_images, autocast(device, precision), linear["mean"], linear["std"])
     logits = torch.nn.functional.linear(features, *(classifier[name].to(device) for name in ("weight", "bias")))
-    return accuracies | {"linear": top_k(logits, data.test_labels, 1)}, f"{describe(device)}, {precision}"
+    figures |= {"linear": top_k(logits, data.test_labels, 1)}
+    return {name: figures[name] for name in ("knn1", "knn200", "linear")}, f"{describe(device)}, {precision}"
 
 
 def release(args):

@@ -23,16 +23,16 @@ import torch
 
 import simsiam
 from utils import log
-from utils.augment import SCALE, SIZE, apply_two_views, draw_views, epoch_generator, view_sizes
+from utils.augment import SCALE, apply_two_views, draw_views, epoch_generator, view_sizes
 from utils.cli import (
-    Parser, Progress, Stopped, StopRequest, add_data_options, add_device_options, add_run_options, fraction, info,
-    real_number, run_script, say, warn, whole_number,
+    Parser, Progress, Stopped, StopRequest, add_data_options, add_device_options, add_run_options, data_options,
+    fraction, info, real_number, run_script, say, warn, whole_number,
 )
 from utils.data import DATASETS, load_dataset
 from utils.device import (
     autocast, compile_for, describe, describe_precision, memory_layout, select_device, select_precision,
 )
-from utils.knn import knn_accuracy
+from utils.knn import monitor
 from utils.metrics import collapse_warning
 from utils.plot import plot_views
 from utils.report import REPORT, draw_run, evaluation_command
@@ -43,7 +43,8 @@ LOSSES = dict(symmetric=simsiam.simsiam_loss, asymmetric=simsiam.asymmetric_loss
 LR_PER_256 = 0.03  # learning rate for a batch of 256; it scales linearly (appendix D)
 SAVE_SECONDS = 60  # at least, between checkpoints: writing is not to slow down runs with short epochs
 MAY_CHANGE = (  # in a resumed run; any other setting makes another run
-    "data_root", "exp_dir", "trial", "eval_freq", "save_freq", "tensorboard", "compile", "deterministic", "untrained",
+    "data_root", "cache_dir", "exp_dir", "trial", "eval_freq", "save_freq", "tensorboard", "compile", "deterministic",
+    "untrained",
 )
 
 
@@ -62,8 +63,8 @@ def make_parser():
     training.add_argument("--learning_rate", type=real_number, metavar="LR", help="default: 0.03 * batch_size / 256")
     training.add_argument("--momentum", type=real_number, default=0.9, metavar="M", help="momentum of SGD")
     training.add_argument("--weight_decay", type=real_number, default=5e-4, metavar="WD", help="weight decay of SGD")
-    training.add_argument("--view_size", default=str(SIZE), metavar="N|N:SHARE,...",
-                          help="pixels; or sizes with their shares of the epochs, as 16:0.5,24:0.25,32:0.25")
+    training.add_argument("--view_size", metavar="N|N:SHARE,...", help="pixels (default: --image_size); or sizes, the "
+                          "last that of the images, with their shares of the epochs, as 16:0.5,24:0.25,32:0.25")
     training.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="random seed")
     study = parser.add_argument_group("the paper's study", "Variants of the method (Sec. 4); ablate.py runs them.")
     study.add_argument("--stop_gradient", action=argparse.BooleanOptionalAction, default=True, help="Sec. 4.1")
@@ -131,7 +132,7 @@ def pretrain(args, device, data, model, optimizer, scaler, run, state, stop, beg
             rate = cosine(args.learning_rate, epoch, args.epochs, args.warmup_epochs)
             optimizer.param_groups[0]["lr"] = rate  # the second group of --fix_pred_lr keeps its rate
             order, *draws = draw_epoch(args, epoch, data.train_images, device)
-            size = view_sizes(args.view_size, args.epochs)[epoch]
+            size = view_sizes(args.view_size, args.epochs, args.image_size)[epoch]
             done, metrics = state["step"], torch.zeros(steps, 2, device=device)     # loss and std of each step
             metrics[:done] = state["metrics"]
             start = time.perf_counter() - state["seconds"]
@@ -169,7 +170,7 @@ def pretrain(args, device, data, model, optimizer, scaler, run, state, stop, beg
                 if not all(value.isfinite().all() for value in model.state_dict().values()):
                     return diverged(args, run, f"epoch {epoch + 1}, step {done} of {steps}: a weight is not finite")
                 state["time"] = time.monotonic() - begin
-                run.attempt(run.write, run_files(args, device, state, model, optimizer, scaler), state["epoch"])
+                run.attempt(run.write, run_files(args, device, state, data, model, optimizer, scaler), state["epoch"])
             if stopping or evaluate:
                 run.draw(draw_run)
             if run.unsaved and (stopping or finished):
@@ -185,7 +186,7 @@ def finish_epoch(args, device, data, model, scaler, run, state, rate, evaluate, 
     """Log an epoch whose steps are done, with kNN if it is to be evaluated. Returns the state of the next one, or the
     same state if a stop was requested during the kNN, which the resumed run repeats."""
     try:
-        knn = knn_accuracy(model.backbone, data, autocast(device, args.precision), stop.check) if evaluate else {}
+        seen = monitor(model.backbone, data, autocast(device, args.precision), stop.check) if evaluate else {}
     except Stopped:
         return state
     loss, std = state["metrics"].double().mean(dim=0).tolist()
@@ -194,7 +195,7 @@ def finish_epoch(args, device, data, model, scaler, run, state, rate, evaluate, 
               "views_per_s": round(views / state["seconds"], 1), "time": round(time.monotonic() - begin, 3)}
     if scaler.is_enabled():
         record["loss_scale"] = scaler.get_scale()
-    run.log(record | knn)
+    run.log(record | seen)
     warning = collapse_warning(run.records, args.batch_size, args.head_bn)
     if warning:
         expected = not args.stop_gradient or args.predictor == "none"
@@ -226,11 +227,11 @@ def new_epoch(epoch):
     return {"epoch": epoch, "step": 0, "metrics": torch.zeros(0, 2), "seconds": 0.0}
 
 
-def run_files(args, device, state, model, optimizer, scaler):
+def run_files(args, device, state, data, model, optimizer, scaler):
     """backbone.pt, which evaluation needs, and checkpoint.pt, which a resumed run needs."""
     backbone = {name: value.cpu().contiguous() for name, value in model.backbone.state_dict().items()}
     parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-    about = {"format": FORMAT, "config": vars(args), "machine": machine(device)}
+    about = {"format": FORMAT, "config": vars(args), "machine": machine(device), "images": len(data.train_images)}
     return {BACKBONE: backbone, CHECKPOINT: {**state, **about, **parts}}
 
 
@@ -248,10 +249,14 @@ def set_up(parser, args, argv):
         raise ValueError(f"--fix_pred_lr: with --predictor {args.predictor} no predictor is trained")
     if args.warmup_epochs >= args.epochs:
         raise ValueError(f"--warmup_epochs {args.warmup_epochs}: the run has {args.epochs} epochs")
-    view_sizes(args.view_size, args.epochs)  # raises for a bad schedule
     if args.learning_rate is None:
         args.learning_rate = LR_PER_256 * args.batch_size / 256
-    data = load_dataset(args.dataset, args.data_root, device, args.train_size, args.test_size)
+    data = load_dataset(args.dataset, args.data_root, device, **data_options(vars(args)))
+    args.image_size = data.train_images.shape[2]
+    args.view_size = str(args.image_size) if args.view_size is None else args.view_size
+    view_sizes(args.view_size, args.epochs, args.image_size)  # raises for a bad schedule
+    if state is not None and state["images"] != len(data.train_images):
+        raise ValueError(f"{len(data.train_images)} training images; the run to resume has {state['images']}")
     if args.batch_size > len(data.train_images):
         raise ValueError(f"--batch_size {args.batch_size}: there are {len(data.train_images)} training images")
     torch.backends.cudnn.benchmark = not args.deterministic
@@ -261,7 +266,7 @@ def set_up(parser, args, argv):
     parts = build(args, device)
     if state is None:
         state = new_epoch(0) | {"time": 0.0}
-        run = start_run(["main.py", *argv], folder, args, device, run_files(args, device, state, **parts))
+        run = start_run(["main.py", *argv], folder, args, device, run_files(args, device, state, data, **parts))
     else:
         restore(state, device, model=partial(simsiam.load_tensors, parts["model"]),
                 optimizer=parts["optimizer"].load_state_dict,
@@ -274,11 +279,11 @@ def start(args, device, data, model, run, stop):
     """Before the first step: views.png, and with --untrained the initial weights and their kNN accuracy."""
     order, *draws = draw_epoch(args, 0, data.train_images, device)
     images, pair = data.train_images[order[:8]].to(device), [view.rows(slice(8)) for view in draws[:2]]
-    run.draw(plot_views, images, *apply_two_views(images, *pair), *pair)
+    run.draw(plot_views, images, *apply_two_views(images, *pair, args.image_size), *pair)
     if args.untrained and not run.records:
         shutil.copyfile(run.path(BACKBONE), run.path(UNTRAINED))
         with contextlib.suppress(Stopped):
-            run.log({"epoch": 0, **knn_accuracy(model.backbone, data, autocast(device, args.precision), stop.check)})
+            run.log({"epoch": 0, **monitor(model.backbone, data, autocast(device, args.precision), stop.check)})
 
 
 def main(argv=None):
@@ -292,10 +297,15 @@ def main(argv=None):
         return 0
     try:
         with contextlib.closing(run), StopRequest(args.max_minutes, begin) as stop:
-            info(f"{run.folder}: {args.arch}, width {args.width}, {args.dataset}, {len(data.train_images)} images, "
-                 f"{describe(device)}, {describe_precision(args.precision, device)}")
+            info(f"{run.folder}: {args.arch}, width {args.width}, {args.dataset}, {len(data.train_images)} images of "
+                 f"{args.image_size} pixels, {describe(device)}, {describe_precision(args.precision, device)}")
             if device.type == "cpu" and args.width > 16:
                 info("No GPU in use. Two CPU cores train 50 to 190 views/s at width 64, 600 to 1,280 with --width 16.")
+            if not data.has_classes:
+                info("No labels of several classes: no kNN; effective_rank is logged instead (docs/data.md).")
+            if args.image_size > 128:
+                info(f"The stem for small images keeps {args.image_size} pixels: {(args.image_size / 32)**2:.0f} times "
+                     "the arithmetic of 32.")
             if state["epoch"] == state["step"] == 0:
                 start(args, device, data, parts["model"], run, stop)
             code = pretrain(args, device, data, **parts, run=run, state=state, stop=stop, begin=begin - state["time"])
@@ -303,7 +313,9 @@ def main(argv=None):
         return run.fail(f"out of memory ({str(error).split('. ')[0]}); lower --batch_size or --width")
     if code == 0 and run.saved_epoch == args.epochs:
         say(f"{run.folder}: {log.figures(run.records)}")
-        info(f"Figures: {run.path(REPORT)}\nNext: {evaluation_command(vars(args), run.folder, device.type == 'cpu')}")
+        info(f"Figures: {run.path(REPORT)}")
+        if data.has_classes:
+            info(f"Next: {evaluation_command(vars(args), run.folder, device.type == 'cpu')}")
     return code
 
 

@@ -13,6 +13,7 @@ import contextlib
 import math
 import os
 import shlex
+import statistics
 import sys
 import time
 
@@ -25,19 +26,19 @@ from utils import checkpoint
 from utils.augment import MEAN, STD, crop_flip, draw_views, epoch_generator, normalize
 from utils.cli import (
     Parser, Progress, Stopped, StopRequest, add_data_options, add_device_options, add_normalization, add_run_options,
-    bar, file_path, fraction, info, real_number, run_script, say, warn, whole_number,
+    bar, data_options, file_path, fraction, info, real_number, run_script, say, warn, whole_number,
 )
 from utils.data import DATASETS, balanced_subset, load_dataset
 from utils.device import autocast, compile_for, describe, select_device, select_precision
 from utils.knn import extract_features
 from utils.metrics import class_accuracies, confusion_matrix, top_k
 from utils.report import draw_run
-from utils.run import EVALUATION, FORMAT, RESULTS, Run, find_run, machine, restore, start_run
+from utils.run import EVALUATION, FORMAT, RESULTS, Run, find_run, machine, pretraining_settings, restore, start_run
 
 LR_PER_256 = 30.0           # learning rate for a batch of 256; it scales linearly
 MILESTONES = (0.6, 0.8)     # shares of the epochs after which it is divided by 10
 LBFGS_WEIGHT_DECAY = 1e-4   # without any, L-BFGS does not converge
-MAY_CHANGE = ("data_root", "pretrained", "exp_dir", "trial", "tensorboard", "compile")  # in a resumed evaluation
+MAY_CHANGE = ("data_root", "cache_dir", "pretrained", "exp_dir", "trial", "tensorboard", "compile")  # when resuming
 
 
 def make_parser():
@@ -71,7 +72,7 @@ def train_sgd(args, device, data, backbone, classifier, optimizer, test_features
     precision, size = autocast(device, args.precision), len(data.train_images)
 
     def features(images, draws):  # uint8 [B, 3, H, W] and their Draws -> float32 [B, feature_dim]
-        views = normalize(crop_flip(images, draws), args.mean, args.std)
+        views = normalize(crop_flip(images, draws, args.image_size), args.mean, args.std)
         with torch.no_grad(), precision():
             return backbone(views.contiguous(memory_format=torch.channels_last)).float()
 
@@ -203,7 +204,11 @@ def report(args, data, classifier, record, confusion, run):
             results |= {"best_epoch": best["epoch"], "best_top1": best["test_top1"]}
         weights = {name: value.cpu() for name, value in classifier.state_dict().items()}
         run.attempt(checkpoint.save, run.path("classifier.pt"), weights)
-    results |= {"backbone": args.backbone, "class_top1": dict(zip(data.classes, class_accuracies(confusion))),
+    of_classes = dict(zip(data.classes, class_accuracies(confusion)))
+    balanced = statistics.fmean(value for value in of_classes.values() if value is not None)
+    if len(set(confusion.sum(dim=1).tolist())) > 1:
+        say(f"balanced accuracy, the mean over classes: {balanced:.2f} %")
+    results |= {"backbone": args.backbone, "balanced_accuracy": balanced, "class_top1": of_classes,
                 "confusion": confusion.tolist()}
     if run.unsaved is None:
         run.attempt(checkpoint.write_json, run.path(RESULTS), results)  # now the evaluation is finished
@@ -243,7 +248,11 @@ def set_up(parser, args, argv):
     args.backbone = checkpoint.digest(backbone.state_dict())
     if state is not None and state.get("backbone") != args.backbone:
         raise ValueError(f"--pretrained {args.pretrained}: not the backbone that {folder} evaluates")
-    data = load_dataset(args.dataset, args.data_root, device, args.train_size, args.test_size)
+    args.image_size = args.image_size or pretraining_settings(args.pretrained).get("image_size")
+    data = load_dataset(args.dataset, args.data_root, device, **data_options(vars(args)), unlabeled=False)
+    if not data.has_classes:
+        raise ValueError(f"--dataset {args.dataset}: no labels of several classes to evaluate with")
+    args.image_size = data.train_images.shape[2]
     args.num_cls = args.num_cls or len(data.classes)
     if args.num_cls != len(data.classes):
         raise ValueError(f"--num_cls {args.num_cls}: {args.dataset} has {len(data.classes)} classes")
@@ -279,7 +288,8 @@ def main(argv=None):
         return 0
     try:
         with contextlib.closing(run), StopRequest(args.max_minutes, begin) as stop:
-            info(f"{run.folder}: {args.dataset}, {len(data.train_images)} images, {describe(device)}, {args.precision}")
+            info(f"{run.folder}: {args.dataset}, {len(data.train_images)} images of {args.image_size} pixels, "
+                 f"{describe(device)}, {args.precision}")
             return evaluate(args, device, data, *parts, run, state, stop)
     except (MemoryError, torch.OutOfMemoryError) as error:
         return run.fail(f"out of memory ({str(error).split('. ')[0]}); lower --batch_size")

@@ -18,7 +18,7 @@ import simsiam
 from utils import checkpoint
 from utils.augment import MEAN, STD, apply_two_views, denormalize, draw_views, epoch_generator
 from utils.cli import (
-    Parser, add_data_options, add_device_options, add_normalization, file_path, info, run_script,
+    Parser, add_data_options, add_device_options, add_normalization, data_options, file_path, info, run_script,
 )
 from utils.data import DATASETS, load_dataset
 from utils.device import autocast, select_device, select_precision
@@ -26,7 +26,7 @@ from utils.knn import K, TEMPERATURE, accuracy, extract_features, nearest, vote
 from utils.metrics import alignment, confusion_matrix, effective_rank, spectrum, uniformity
 from utils.plot import COLORS, figure, plot_confusion
 from utils.report import write_report
-from utils.run import BACKBONE, CONFIG, UNTRAINED, read_config
+from utils.run import BACKBONE, CONFIG, UNTRAINED, pretraining_settings, read_config
 
 QUERIES, NEIGHBORS = 12, 6  # of neighbors.png
 FILES = {"trained": BACKBONE, "untrained": UNTRAINED}
@@ -48,8 +48,8 @@ def find_files(parser, args, argv):
     """The settings, with the run's as defaults if --pretrained is its folder, and the checkpoints by name."""
     if os.path.isdir(args.pretrained):
         settings = read_config(args.pretrained)["settings"]
-        names = ("arch", "dataset", "data_root", "train_size", "test_size")
-        parser.set_defaults(output=args.pretrained, **{name: settings[name] for name in names})
+        same = {name: settings[name] for name in ("arch", "dataset", "data_root")}
+        parser.set_defaults(output=args.pretrained, **same, **data_options(settings))
         files = {name: os.path.join(args.pretrained, file) for name, file in FILES.items()}
         if not os.path.exists(files["untrained"]):
             del files["untrained"]
@@ -64,9 +64,9 @@ def measure(backbone, data, args, device):
     and what kNN finds: similarities and bank indices [N, k], predicted classes [N]."""
     def features(images):
         return extract_features(backbone, images, autocast(device, args.precision), args.mean, args.std)
-    generator, size = epoch_generator(0, 0, device), len(data.test_images)
+    generator, size, views_size = epoch_generator(0, 0, device), len(data.test_images), data.test_images.shape[2]
     draws = [draw_views(size, generator, *data.test_images.shape[2:]) for _ in range(2)]
-    views = [apply_two_views(data.test_images[rows].to(device), *(view.rows(rows) for view in draws))
+    views = [apply_two_views(data.test_images[rows].to(device), *(view.rows(rows) for view in draws), views_size)
              for rows in torch.arange(size).split(500)]
     views = [features(denormalize(torch.cat(of_all))) for of_all in zip(*views)]
     bank, queries = features(data.train_images), features(data.test_images)
@@ -148,7 +148,10 @@ def main(argv=None):
         args, files = find_files(parser, args, argv)
         device = select_device(args.gpu)
         args.precision = select_precision(args.precision, device)
-        data = load_dataset(args.dataset, args.data_root, device, args.train_size, args.test_size)
+        args.image_size = args.image_size or pretraining_settings(args.pretrained).get("image_size")
+        data = load_dataset(args.dataset, args.data_root, device, **data_options(vars(args)), unlabeled=False)
+        if not data.has_classes:
+            raise ValueError(f"--dataset {args.dataset}: no labels of several classes to draw")
         os.makedirs(args.output, exist_ok=True)
         numbers, spectra = {}, {}
         for name, file in files.items():

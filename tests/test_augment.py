@@ -171,3 +171,13 @@ def test_flips_jitter_and_grayscale_are_as_frequent_as_torchvisions(name, transf
     assert abs(ours - theirs) < 4 * math.sqrt(0.25 / N + 0.25 / 4000)
     changes = (drawn[1:] ^ drawn[:-1]).double().mean().item()  # images are independent
     assert abs(changes - 2 * ours * (1 - ours)) < 4 * math.sqrt(0.25 / N)
+
+
+@pytest.mark.parametrize("n, pixels", [(1100, 32), (130, 96)])
+def test_a_large_batch_is_made_as_its_parts(n, pixels):
+    """More images than are computed at a time on a CPU."""
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randint(0, 256, (n, 3, pixels, pixels), generator=generator).byte()
+    draws = draw(n, 0, pixels, pixels)
+    parts = [apply_views(images[rows], draws.rows(rows), pixels) for rows in torch.arange(n).split(50)]
+    torch.testing.assert_close(apply_views(images, draws, pixels), torch.cat(parts), rtol=0, atol=1e-5)

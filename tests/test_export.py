@@ -58,18 +58,18 @@ def test_features_of_a_data_set_are_the_backbones(tmp_path, finished_run, shapes
 
 
 def test_features_of_a_folder_are_of_torchvisions_resize_and_center_crop(tmp_path, finished_run):
-    names, crops = [str(tmp_path / name) for name in ("a/1.png", "b/0.png", "b/2.png")], []
+    names, crops = [str(tmp_path / name) for name in ("b/0.png", "a/1.png", "b/2.png")], []
     for name, size in zip(names, ((80, 50), (40, 60), (33, 34))):
         image = TF.to_pil_image(torch.randint(256, (3, *size), dtype=torch.uint8))
         (tmp_path / name).parent.mkdir(exist_ok=True)
         image.save(name)
         crops.append(TF.pil_to_tensor(TF.center_crop(TF.resize(image, 40), 40)))
-    data = f"--images {tmp_path} --size 40 --output {tmp_path}/new.npz"
+    data = f"--images {tmp_path} --image_size 40 --output {tmp_path}/new.npz"
     export.main(f"features --pretrained {finished_run}/backbone.pt {data}".split())
     with numpy.load(tmp_path / "new.npz") as arrays:
         expected = features_of(f"{finished_run}/backbone.pt", torch.stack(crops))
         assert arrays["features"] == pytest.approx(expected.numpy(), rel=1e-3, abs=1e-5)
-        assert [arrays[name].tolist() for name in ("classes", "labels", "files")] == [["a", "b"], [0, 1, 1], names]
+        assert [arrays[name].tolist() for name in ("classes", "labels", "files")] == [["a", "b"], [1, 0, 1], names]
 
 
 def test_a_release_is_the_rounded_backbone_with_its_accuracies(runs, shapes):

@@ -105,7 +105,8 @@ def test_the_page_of_a_run_has_its_last_figures_and_the_next_command(finished_ru
     command = next(line for line in words.splitlines() if "main_lincls.py" in line)
     args = main_lincls.make_parser().parse_args(shlex.split(command)[2:])
     assert (args.pretrained, args.dataset) == (f"{finished_run}/backbone.pt", "shapes")
-    assert images == [Path(finished_run, f"{name}.png").read_bytes() for name in "loss-plot top1-acc std views".split()]
+    assert images == [Path(finished_run, f"{name}.png").read_bytes() for name in
+                      "loss-plot top1-acc std effective-rank views".split()]
 
 
 def test_the_page_of_an_evaluation_has_its_confusion_and_escapes_what_was_typed(tmp_path, drawn):
@@ -125,7 +126,7 @@ def test_visualize_shows_the_nearest_images_and_measures_as_the_log(finished_run
     numbers, records = checkpoint.read_json(folder / "features.json"), log.read(folder)
     for name, epoch, key in (("untrained", 0, "knn1"), ("trained", 2, "knn1"), ("trained", 2, "knn200")):
         assert numbers[name][key] == pytest.approx(records[epoch][key], abs=1.001)  # an image of 100
-    assert len(read_page(folder / "report.html")[1]) == 8
+    assert len(read_page(folder / "report.html")[1]) == 9
     bank = checkpoint.read_json(folder / "config.json")["settings"]["train_size"]
     images = torch.cat((shapes.train_images[:bank], shapes.test_images[:100]))
     labels = torch.cat((shapes.train_labels[:bank], shapes.test_labels[:100]))

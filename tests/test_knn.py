@@ -9,7 +9,7 @@ import torch
 import simsiam
 from utils.augment import MEAN, STD
 from utils.device import autocast
-from utils.knn import extract_features, knn_accuracy, knn_predict
+from utils.knn import extract_features, monitor, knn_predict
 
 FP32 = autocast(torch.device("cpu"), "fp32")
 
@@ -59,7 +59,7 @@ def test_accuracy_counts_agreement_with_brute_force_on_every_test_image(shapes, 
     labels[:100] = -1
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     data = shapes._replace(test_images=images[1], test_labels=labels)
-    accuracy = knn_accuracy(backbone, data, FP32)[("knn1", "knn200")[place]]
+    accuracy = monitor(backbone, data, FP32)[("knn1", "knn200")[place]]
     assert abs(accuracy - 100 * 233 / 333) < 0.4  # one image: rounding may swap two neighbors
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     assert backbone.training

@@ -23,7 +23,7 @@ GRAY_P = 0.2
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # torchvision's numbers of the jitter operations
 CROP_ATTEMPTS = 10                                # as in RandomResizedCrop.get_params
 LUMA = (0.2989, 0.587, 0.114)                     # as in rgb_to_grayscale
-CPU_CHUNK = 512                                   # images at a time on the CPU: 6 MB stay in the cache
+CPU_CHUNK = 512 * SIZE**2                         # pixels at a time on the CPU: 6 MB stay in the cache
 
 
 class Draws(NamedTuple):
@@ -53,16 +53,16 @@ def epoch_generator(seed, epoch, device):
     return torch.Generator(device).manual_seed(seed * 1_000_003 + epoch)
 
 
-def view_sizes(schedule, epochs):
+def view_sizes(schedule, epochs, last=SIZE):
     """Size of the views in each epoch, a list of int: of '32', or of '16:0.5,24:0.25,32:0.25', which has the shares of
-    the epochs, in order. Raises ValueError for what is no such schedule."""
+    the epochs, in order. Raises ValueError for what is no such schedule, or does not end with the size `last`."""
     with contextlib.suppress(ValueError):
         parts = [part.split(":") for part in (schedule if ":" in schedule else f"{schedule}:1").split(",")]
         sizes, shares = [int(size) for size, _ in parts], [float(share) for _, share in parts]
-        if min(sizes) >= 8 and sizes[-1] == SIZE and min(shares) > 0 and abs(sum(shares) - 1) < 1e-6:
+        if min(sizes) >= 8 and sizes[-1] == last and min(shares) > 0 and abs(sum(shares) - 1) < 1e-6:
             ends = [round(epochs * sum(shares[:i + 1])) for i in range(len(shares))]
             return [next(size for size, end in zip(sizes, ends) if epoch < end) for epoch in range(epochs)]
-    raise ValueError(f"--view_size {schedule}: not sizes of at least 8, the last {SIZE}, with shares that sum to 1")
+    raise ValueError(f"--view_size {schedule}: not sizes of at least 8, the last {last}, with shares that sum to 1")
 
 
 def draw_crops(n, generator, height, width, scale):
@@ -269,8 +269,9 @@ def apply_views_cpu(images, draws, size):
     unjittered = 4
     slots = torch.where(draws.jitter, hue_slots(draws), unjittered)
     views = torch.empty(len(images), 3, size, size)
-    for start in range(0, len(images), CPU_CHUNK):
-        chunk = slice(start, start + CPU_CHUNK)
+    at_once = max(1, CPU_CHUNK // max(size, SIZE, *images.shape[2:])**2)
+    for start in range(0, len(images), at_once):
+        chunk = slice(start, start + at_once)
         order = slots[chunk].argsort()
         sorted_draws = draws.rows(chunk).rows(order)
         matrices, of_mean = blend_matrices(sorted_draws)

@@ -1,4 +1,5 @@
 """Files that are whole or absent: checkpoints, written atomically and read without running code, and JSON."""
+import contextlib
 import hashlib
 import io
 import json
@@ -7,6 +8,12 @@ import warnings
 import zipfile
 
 import torch
+
+from utils.cli import warn
+
+fcntl = None  # on Windows, where nothing is locked
+with contextlib.suppress(ImportError):
+    import fcntl
 
 
 def save(path, state, keep_previous=False):
@@ -22,12 +29,20 @@ def to_bytes(state):
 
 
 def write(path, content, keep_previous=False):
-    """Write bytes to path atomically: a temporary file, fsync, rename. keep_previous: the replaced file stays as
-    previous_path(path). Raises OSError that names path; the old file is then unchanged."""
+    """Write bytes to path, as `writing` does."""
+    with writing(path, keep_previous) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def writing(path, keep_previous=False):
+    """A file to write in the context, which becomes path at its end, atomically: a temporary file, fsync, rename.
+    keep_previous: the replaced file stays as previous_path(path). Raises OSError that names path; the old file is then
+    unchanged."""
     partial = f"{path}.partial"
     try:
         with open(partial, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         if keep_previous and os.path.exists(path):
@@ -42,6 +57,20 @@ def write(path, content, keep_previous=False):
     finally:  # also after Ctrl-C: half a file takes room that the next one may need
         if os.path.lexists(partial):
             os.remove(partial)
+
+
+def lock(path, wait=False):
+    """Open a file, locked until it is closed. Raises BlockingIOError if another process has it, unless `wait`."""
+    file = open(path, "ab")
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        file.close()
+        raise
+    except OSError as error:  # some network file systems have no locks
+        warn(f"{path} cannot be locked ({error.strerror})")
+    return file
 
 
 def previous_path(path):

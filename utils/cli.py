@@ -18,6 +18,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
                 if hasattr(signal, name)]  # Windows lacks some; SIGBREAK is its own
 RANKS = {"WORLD_SIZE": "RANK", "SLURM_STEP_NUM_TASKS": "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
          "PMI_SIZE": "PMI_RANK"}  # launchers' variables: number of processes, and which one this is
+DATA_OPTIONS = ("train_size", "test_size", "image_size", "test_share", "skip_broken", "cache_dir")
 quiet = False      # --quiet: `info` and the bars show nothing
 
 
@@ -103,14 +104,25 @@ whole_number = functools.partial(number, int, most=2**32 - 1)  # whole_number(le
 
 
 def add_data_options(parser, datasets, positional=True):
-    """DIR or --data_root, --dataset, --train_size, --test_size; returns their group."""
+    """DIR or --data_root, --dataset, and DATA_OPTIONS; returns their group."""
     group = parser.add_argument_group("data")
     group.add_argument("data_root" if positional else "--data_root", type=file_path, default="data", metavar="DIR",
-                       help="folder that has or gets cifar-10-batches-py", **({"nargs": "?"} if positional else {}))
-    group.add_argument("--dataset", choices=datasets, default="cifar10", help="shapes is built in")
+                       help="folder that has or gets the data set", **({"nargs": "?"} if positional else {}))
+    group.add_argument("--dataset", choices=datasets, default="cifar10", help="folder: your images; shapes: built in")
     group.add_argument("--train_size", type=whole_number(2), metavar="N", help="use the first N training images")
     group.add_argument("--test_size", type=whole_number(1), metavar="N", help="use the first N test images")
+    group.add_argument("--image_size", type=whole_number(8), metavar="N", help="resize images to N pixels (default: "
+                       "the backbone's run, else 96 for stl10, 32 for others)")
+    group.add_argument("--test_share", type=fraction, default=0.1, metavar="F",
+                       help="share of each class of a folder without test/ that is held out as test images")
+    group.add_argument("--skip_broken", action="store_true", help="skip images of a folder that cannot be read")
+    group.add_argument("--cache_dir", type=file_path, default="cache", metavar="DIR", help="for a folder's images")
     return group
+
+
+def data_options(settings):
+    """The keyword arguments of load_dataset in the settings of a script, or in those of an older run."""
+    return {name: settings[name] for name in DATA_OPTIONS if name in settings}
 
 
 def add_normalization(group, mean, std):

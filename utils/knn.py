@@ -8,9 +8,11 @@ import torch.nn.functional as F
 
 from utils.augment import MEAN, STD, normalize
 from utils.cli import bar
+from utils.metrics import effective_rank, spectrum
 
 K = 200
 TEMPERATURE = 0.1
+RANKED = 10_000            # images whose features the effective rank is of, at most
 SIMILARITIES = 25_000_000  # at a time: 100 MB, 500 queries with a bank of 50,000
 
 
@@ -62,16 +64,21 @@ def knn_predict(queries, bank, labels, k, temperature, num_classes):
 
 
 @torch.no_grad()
-def knn_accuracy(backbone, data, autocast, check=lambda: None):
-    """Top-1 accuracies on all test images in percent, from one search: knn1 and knn200 (k at most the bank's size)."""
-    bank = extract_features(backbone, data.train_images, autocast, check=check)
+def monitor(backbone, data, autocast, check=lambda: None):
+    """effective_rank of the l2-normalized features of the first RANKED training images, and, if the data have classes,
+    top-1 accuracies on all test images in percent from one search: knn1 and knn200 (k at most the bank's size)."""
+    images, labels = data.labeled() if data.has_classes else (data.train_images[:RANKED], None)
+    bank = extract_features(backbone, images, autocast, check=check)
+    figures = {"effective_rank": effective_rank(spectrum(F.normalize(bank[:RANKED], dim=1)))}
+    if labels is None:
+        return figures
     queries = extract_features(backbone, data.test_images, autocast, check=check)
     predicted = []
     for similarities, indices in nearest(queries, bank, min(K, len(bank))):
-        neighbors = data.train_labels[indices]
+        neighbors = labels[indices]
         predicted.append((neighbors[:, 0], vote(similarities, neighbors, TEMPERATURE, len(data.classes))))
     knn1, knn200 = (accuracy(torch.cat(classes), data.test_labels) for classes in zip(*predicted))
-    return {"knn1": knn1, "knn200": knn200}
+    return {"knn1": knn1, "knn200": knn200} | figures
 
 
 def accuracy(predicted, labels):

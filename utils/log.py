@@ -69,14 +69,15 @@ def figures(records):
     """The newest figures of a pre-training in words, short enough to stand beside a bar; '' if there are none."""
     if "loss" not in (records or [{}])[-1]:
         return ""
-    knn = f"kNN {last(records, 'knn200'):.2f} %, " if last(records, "knn200") is not None else ""
-    return "loss {loss:.4f}, std {std:.3f}, {}{views_per_s:,.0f} views/s".format(knn, **records[-1])
+    shown = "".join(f"{words} {last(records, key):.{digits}f}{unit}, " for key, words, digits, unit in (
+        ("knn200", "kNN", 2, " %"), ("effective_rank", "rank", 1, "")) if last(records, key) is not None)
+    return "loss {loss:.4f}, std {std:.3f}, {}{views_per_s:,.0f} views/s".format(shown, **records[-1])
 
 
 def summarize(folder):
     """The last figures of a run as a dict: a row of the table."""
     records = read(folder)
-    keys = ("epoch", "loss", "std", "knn1", "knn200", "train_loss", "test_top1")
+    keys = ("epoch", "loss", "std", "knn1", "knn200", "effective_rank", "train_loss", "test_top1")
     row = {key: last(records, key) for key in keys if last(records, key) is not None}
     if records[0]["epoch"] == 0:
         row["untrained knn200"] = records[0].get("knn200")

@@ -20,6 +20,7 @@ CAPTIONS = {  # in the order of the page
     "loss-plot": "Loss. In pre-training, near −1 with std near 0 is a collapse, not a success.",
     "top1-acc": "Top-1 accuracy on the test images.",
     "std": "std of the l2-normalized outputs z, times √d: near 1 is healthy, near 0 collapsed.",
+    "effective-rank": "Effective rank of the features: dimensions in use. Falls to a few in a collapse.",
     "views": "Images with the outlines of both crops, and the two views with what was drawn for them.",
     "confusion": "Confusion of classes by the linear classifier.",
     "neighbors": "Test images and their nearest training images by cosine similarity; dashed: of another class.",
@@ -41,8 +42,8 @@ def results_html(folder, records):
     path = os.path.join(folder, RESULTS)
     if os.path.exists(path):
         return table(item for item in checkpoint.read_json(path).items() if not isinstance(item[1], (list, dict)))
-    forms = {"epoch": "d", "loss": ".4f", "std": ".3f", "knn1": ".2f", "knn200": ".2f"}
-    shown = [record for record in records if "knn200" in record or record is records[-1]]
+    forms = {"epoch": "d", "loss": ".4f", "std": ".3f", "knn1": ".2f", "knn200": ".2f", "effective_rank": ".1f"}
+    shown = [record for record in records if {"knn200", "effective_rank"} & record.keys() or record is records[-1]]
     shown = shown[:-1:max(1, len(shown) // 10)] + shown[-1:]
     return table([forms, *([f"{record[key]:{form}}" if key in record else "–" for key, form in forms.items()]
                            for record in shown)])
@@ -63,6 +64,8 @@ def evaluation_command(settings, folder, on_cpu):
     """The command that evaluates a run of main.py linearly."""
     words = ["python", "main_lincls.py", "--arch", settings["arch"], "--pretrained", os.path.join(folder, BACKBONE)]
     words += ["--features", "cached"] * on_cpu + ["--dataset", settings["dataset"]] * (settings["dataset"] != "cifar10")
+    if settings["dataset"] == "folder":
+        words += ["--test_share", str(settings["test_share"])] + ["--skip_broken"] * settings["skip_broken"]
     return shlex.join([*words, settings["data_root"]])
 
 

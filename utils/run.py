@@ -18,13 +18,9 @@ from utils import checkpoint, log
 from utils.cli import info, say, warn
 from utils.device import describe
 
-fcntl = None  # on Windows, where runs are not locked
-with contextlib.suppress(ImportError):
-    import fcntl
-
 CONFIG, BACKBONE, CHECKPOINT, UNTRAINED = "config.json", "backbone.pt", "checkpoint.pt", "untrained.pt"
 EVALUATION, RESULTS = "evaluation.pt", "results.json"  # what main_lincls.py resumes from, and what it found
-FORMAT = 2  # of the checkpoints
+FORMAT = 3  # of the checkpoints
 PROCESS = ("gpu", "resume", "max_minutes", "quiet")  # settings of a process, not of the run
 
 
@@ -77,6 +73,13 @@ def read_config(folder):
     if not {"arch", "dataset", "data_root", "epochs"} <= set(config["settings"]):
         raise ValueError(f"{os.path.join(folder, CONFIG)}: not the settings of a run")
     return config
+
+
+def pretraining_settings(path):
+    """The settings of the run in whose folder a checkpoint lies; {} elsewhere."""
+    with contextlib.suppress(OSError, ValueError):
+        return read_config(os.path.dirname(path))["settings"]
+    return {}
 
 
 def find_run(parser, args, argv, name, may_change):
@@ -242,15 +245,10 @@ def start_run(argv, folder, args, device, files):
 
 def lock(folder):
     """Lock a run's log until this process ends; returns the open file. Raises ValueError if another process has it."""
-    file = open(os.path.join(folder, log.LOG), "ab")
     try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return checkpoint.lock(os.path.join(folder, log.LOG))
     except BlockingIOError:
         raise ValueError(f"{folder}: another process is working on this run") from None
-    except OSError as error:  # some network file systems have no locks
-        warn(f"{folder} cannot be locked ({error.strerror})")
-    return file
 
 
 def summary_writer(folder, epoch):
