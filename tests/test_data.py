@@ -106,7 +106,8 @@ def test_load_folder_matches_image_folder(tmp_path, capsys):
     (tmp_path / "loose.png").write_bytes(paths[0].read_bytes())
     loaded, labels, classes, files = load_folder(str(tmp_path), 40)
     order = sorted(range(3), key=lambda i: os.path.basename(reference.samples[i][0]))
-    assert list(classes) == reference.classes and list(zip(files, labels.tolist())) == [reference.samples[i] for i in order]
+    assert list(classes) == reference.classes
+    assert list(zip(files, labels.tolist())) == [reference.samples[i] for i in order]
     assert torch.equal(loaded, torch.stack([reference[i][0] for i in order]))
     assert "1 image" in capsys.readouterr().err
     loaded, labels, classes, files = load_folder(str(tmp_path / "b"), 40)  # no folders of classes

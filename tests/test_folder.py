@@ -1,4 +1,4 @@
-"""Folders of images as data sets, their cache, and torchvision's sets other than CIFAR, in files of their own format."""
+"""Folders of images as data sets, their cache, and torchvision's sets besides CIFAR, in files of their formats."""
 import json
 import os
 import re
@@ -20,6 +20,7 @@ from torchvision.datasets import STL10, SVHN
 import export
 import main as pretraining
 import main_lincls
+import tiles
 import visualize
 from utils import checkpoint, data, log
 from utils.data import load_dataset
@@ -86,9 +87,9 @@ def test_images_of_any_size_are_those_of_torchvision(size, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "BATCH_BYTES", 3 * 3 * size**2)
     generator = torch.Generator().manual_seed(0)
-    shapes = [(40, 60), (151, 33), (64, 64), (24, 25), (200, 170)] * 4
-    for i, (height, width) in enumerate(shapes):
-        write_images(f"DIR/train/{'ab'[i % 2]}/{i}", torch.randint(256, (1, 3, height, width), generator=generator).byte())
+    for i, shape in enumerate([(40, 60), (151, 33), (64, 64), (24, 25), (200, 170)] * 4):
+        image = torch.randint(256, (1, 3, *shape), generator=generator).byte()
+        write_images(f"DIR/train/{'ab'[i % 2]}/{i}", image)
     shutil.copytree("DIR/train", "DIR/val")
     loaded = load_dataset("folder", "DIR", CPU, image_size=size)
     crop = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()])
@@ -146,7 +147,7 @@ def make_and_drop_cache(folder):
 def test_a_process_killed_while_it_makes_the_cache_leaves_none_that_is_used(folder):
     script = ("import os, time, torch; from utils import data; usual = data.read_image\n"
               "def slow(file): open('begun', 'w').close(); time.sleep(60)\n"
-              "data.read_image = slow; torch.set_num_threads(1); data.load_dataset('folder', 'DIR', torch.device('cpu'))")
+              "data.read_image = slow; data.load_dataset('folder', 'DIR', torch.device('cpu'))")
     environment = os.environ | {"PYTHONPATH": str(Path(data.__file__).parents[1])}
     process = subprocess.Popen([sys.executable, "-c", script], env=environment)
     while not os.path.exists("begun"):
@@ -244,7 +245,8 @@ def test_other_scripts_take_the_size_of_the_images_from_the_run(folder, no_gpu, 
     monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda conv, x: seen.append(x.shape) or usual(conv, x))
     pretrained = "--pretrained experiments/a/backbone.pt"
     assert main_lincls.main(f"{pretrained} --epochs 1 --dataset folder {folder}".split()) == 0
-    assert main_lincls.main(f"{pretrained} --features cached --dataset shapes --train_size 60 --test_size 50".split()) == 0
+    transfer = "--features cached --dataset shapes --train_size 60 --test_size 50"
+    assert main_lincls.main(f"{pretrained} {transfer}".split()) == 0
     export.main(f"features {pretrained} --images {folder}/test --output x.npz".split())
     visualize.main("--pretrained experiments/a".split())
     assert {shape[2] for shape in seen if shape[1] == 3} == {24}
@@ -290,7 +292,8 @@ def test_stl10_trains_on_all_and_classifies_what_has_labels(tmp_path, monkeypatc
     assert small.shape == (70, 3, 48, 48) and (small[:5].int() - expected.int()).abs().max() <= 1
     assert pretraining.main(f"{SMALL} --dataset stl10 --image_size 32 --data_root data".split()) == 0
     assert "knn1" in log.read("experiments/1")[-1]
-    assert main_lincls.main("--pretrained experiments/1/backbone.pt --features cached --dataset stl10 data".split()) == 0
+    command = "--pretrained experiments/1/backbone.pt --features cached --dataset stl10 data"
+    assert main_lincls.main(command.split()) == 0
     assert checkpoint.read_json("experiments/2/config.json")["settings"]["image_size"] == 32
 
 
@@ -321,3 +324,13 @@ def test_a_failed_download_of_any_set_names_the_alternatives(name, tmp_path, mon
         monkeypatch.setattr(f"torchvision.datasets.{module}", no_network)
     with pytest.raises(OSError, match="no route to host.*--data_root.*--dataset shapes"):
         load_dataset(name, str(tmp_path / "empty"), CPU)
+
+
+def test_photographs_of_any_size_mode_and_format_train(tmp_path, monkeypatch, no_figures, no_gpu):
+    """Tiles of the photographs that matplotlib and scikit-learn ship; each photograph is a class."""
+    monkeypatch.chdir(tmp_path)
+    classes = tiles.cut_tiles("DIR", 450)
+    command = "--dim 64 --pred_dim 16 --batch_size 32 --width 8 --epochs 3 --learning_rate 0.05 --untrained"
+    assert pretraining.main(f"--dataset folder --data_root DIR --image_size 24 {command}".split()) == 0
+    assert load_dataset("folder", "DIR", CPU, image_size=24).classes == classes
+    assert log.read("experiments/1")[-1]["knn200"] > 100 / len(classes) + 5

@@ -149,21 +149,22 @@ def list_images(folder):
     without images."""
     if not os.path.isdir(folder):
         raise OSError(f"{folder!r}: no such folder")
-    names = [name.split(os.sep) for name in glob.glob("**", root_dir=folder, recursive=True)]  # without hidden ones
-    names = sorted((name[-1], name) for name in names if name != [""] and "__MACOSX" not in name)
-    classes = [name for name, path in names if len(path) == 1 and os.path.isdir(os.path.join(folder, name))]
-    files, labels, skipped = [], [], collections.Counter()
-    for _, (*parents, name) in names:
-        path = os.path.join(folder, *parents, name)
-        if os.path.isdir(path) or not (os.path.isfile(path) or os.path.islink(path)):
-            continue
-        if not name.lower().endswith(IMG_EXTENSIONS):
-            skipped[os.path.splitext(name)[1].lower() or "without extension"] += 1
-        elif classes and not parents:
-            skipped["images outside the class folders"] += 1
-        else:
-            files.append(path)
-            labels.append(classes.index(parents[0]) if classes else -1)
+    classes, found, skipped = [], [], collections.Counter()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
+        classes = sorted(folders) if place == folder else classes
+        parents = os.path.relpath(place, folder).split(os.sep)
+        for name in names:
+            if name.startswith("."):
+                continue
+            if not name.lower().endswith(IMG_EXTENSIONS):
+                skipped[os.path.splitext(name)[1].lower() or "without extension"] += 1
+            elif classes and place == folder:
+                skipped["images outside the class folders"] += 1
+            else:
+                found.append((name, os.path.join(place, name), classes.index(parents[0]) if classes else -1))
+    found.sort()
+    files, labels = [file for _, file, _ in found], [label for *_, label in found]
     empty = [os.path.join(folder, classes[label]) for label in sorted(set(range(len(classes))) - set(labels))]
     if empty or not files:
         raise OSError(f"{(empty or [folder])[0]!r}: no images ({', '.join(IMG_EXTENSIONS)})")
@@ -178,9 +179,10 @@ def cached_images(root, files, size, cache_dir, skip_broken):
     of the files that cannot be read, which it lacks. It is made again if files, their sizes or their times have
     changed; the .json beside it has these. Raises ValueError for a file that cannot be read unless skip_broken."""
     def of_file(file):
-        with contextlib.suppress(OSError):
-            return [file, os.stat(file).st_size, os.stat(file).st_mtime_ns]
-        return [file, None, None]
+        try:
+            return [file, (about := os.stat(file)).st_size, about.st_mtime_ns]
+        except OSError:  # when it is read, this is said
+            return [file, None, None]
 
     root = os.path.abspath(root)
     source = {"image_size": size, "files": [of_file(file) for file in map(os.path.abspath, files)]}
@@ -242,7 +244,7 @@ def decode(files, size):
 
 
 class ImageFiles(torch.utils.data.Dataset):
-    """The images of files as uint8 [3, size, size], or, of what cannot be read, the reason."""
+    """The images of files as uint8 arrays [size, size, 3], or, of what cannot be read, the reason."""
 
     def __init__(self, files, size):
         self.files, self.size = files, size
@@ -252,16 +254,19 @@ class ImageFiles(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         try:
-            image = functional.resize(read_image(self.files[index]), [self.size])
-            return functional.pil_to_tensor(functional.center_crop(image, [self.size, self.size]))
+            image = read_image(self.files[index])
+            if image.size != (self.size, self.size):
+                image = functional.center_crop(functional.resize(image, [self.size]), [self.size, self.size])
+            return numpy.asarray(image)
         except (OSError, ValueError) as error:
             return str(error)
 
 
 def collate(batch):
-    images = [image for image in batch if isinstance(image, torch.Tensor)]
+    images = [image for image in batch if not isinstance(image, str)]
     failures = {i: image for i, image in enumerate(batch) if isinstance(image, str)}
-    return torch.stack(images) if images else torch.empty(0, dtype=torch.uint8), failures
+    stacked = numpy.stack(images or [numpy.empty((0, 0, 3), dtype=numpy.uint8)])
+    return torch.from_numpy(stacked.transpose(0, 3, 1, 2).copy()), failures
 
 
 def load_folder(folder, size):
