@@ -77,7 +77,7 @@ def measure(backbone, data, args, device):
     eigenvalues = spectrum(unit)
     numbers = {"knn1": accuracy(neighbors[:, 0], data.test_labels), "knn200": accuracy(predicted, data.test_labels),
                "alignment": alignment(*views), "uniformity": uniformity(unit),
-               "effective_rank": effective_rank(eigenvalues), "feature_dim": unit.shape[1]}
+               "effective_rank": effective_rank(queries), "feature_dim": unit.shape[1]}
     return numbers, eigenvalues, unit, similarities, indices, predicted
 
 

@@ -1,5 +1,6 @@
 """Figures, report.html, metrics of features, and tables of logs, against closed forms and other implementations."""
 import base64
+import math
 import os
 import re
 import shlex
@@ -167,8 +168,11 @@ def test_metrics_of_features_are_those_of_their_papers():
     assert metrics.alignment(features, 3 * features.roll(1, dims=0)) == pytest.approx(expected, abs=1e-5)
     singular = torch.linalg.svdvals(features.double() - features.double().mean(dim=0))
     assert torch.allclose(metrics.spectrum(features), singular.square() / 299)
-    for eigenvalues, rank in (([2.0] * 7 + [0.0] * 3, 7), ([3.0, 1.0], 4 / 3**0.75), ([0.0] * 3, 0)):
-        assert metrics.effective_rank(torch.tensor(eigenvalues)) == pytest.approx(rank)
+    shares = torch.linalg.svdvals(features.double())
+    entropy = -sum(share * math.log(share) for share in (shares / shares.sum()).tolist())
+    assert metrics.effective_rank(features) == pytest.approx(math.exp(entropy), rel=1e-6)
+    for scales, rank in (([2.0] * 7 + [0.0] * 3, 7), ([3.0, 1.0], 4 / 3**0.75), ([0.0] * 3, 0), ([math.nan], 0)):
+        assert metrics.effective_rank(torch.tensor(scales).diag()) == pytest.approx(rank)
 
 
 def test_a_collapse_is_warned_of_once_after_three_epochs():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from utils.augment import MEAN, STD, normalize
 from utils.cli import bar
-from utils.metrics import effective_rank, spectrum
+from utils.metrics import effective_rank
 
 K = 200
 TEMPERATURE = 0.1
@@ -65,11 +65,11 @@ def knn_predict(queries, bank, labels, k, temperature, num_classes):
 
 @torch.no_grad()
 def monitor(backbone, data, autocast, check=lambda: None):
-    """effective_rank of the l2-normalized features of the first RANKED training images, and, if the data have classes,
+    """effective_rank of the features of the first RANKED training images, and, if the data have classes,
     top-1 accuracies on all test images in percent from one search: knn1 and knn200 (k at most the bank's size)."""
     images, labels = data.labeled() if data.has_classes else (data.train_images[:RANKED], None)
     bank = extract_features(backbone, images, autocast, check=check)
-    figures = {"effective_rank": effective_rank(spectrum(F.normalize(bank[:RANKED], dim=1)))}
+    figures = {"effective_rank": effective_rank(bank[:RANKED])}
     if labels is None:
         return figures
     queries = extract_features(backbone, data.test_images, autocast, check=check)

@@ -61,9 +61,12 @@ def spectrum(features):
     return torch.linalg.eigvalsh(torch.cov(features.T).view(features.shape[1], -1)).flip(0).clamp(min=0)
 
 
-def effective_rank(eigenvalues):
-    """Number of dimensions in use: exp of the entropy of the normalized eigenvalues of the covariance; 1 to
-    min(D, N - 1), 0 if all are 0 (Roy & Vetterli, 2007, there of singular values)."""
-    if eigenvalues.sum() == 0:
+def effective_rank(features):
+    """Number of dimensions in use, as RankMe counts them (Garrido et al., arXiv 2210.02885): exp of the entropy of the
+    singular values, divided by their sum, of features float [N, D] as they are, neither centered nor normalized: 1 to
+    min(N, D). 0 if all features are 0, or one is not finite."""
+    features = features.double().cpu()
+    if not features.isfinite().all() or not features.any():
         return 0.0
-    return torch.special.entr(eigenvalues / eigenvalues.sum()).sum().exp().item()
+    singular = torch.linalg.eigvalsh(features.T @ features).clamp(min=0).sqrt()
+    return torch.special.entr(singular / singular.sum()).sum().exp().item()
