@@ -19,7 +19,6 @@ import sys
 
 from utils import checkpoint, log
 from utils.cli import Parser, file_path, handle_signals, info, real_number, run_script, say, warn, whole_number
-from utils.metrics import collapse_std
 from utils.plot import COLORS, curve, figure, mark_levels
 from utils.run import read_config
 
@@ -128,7 +127,7 @@ def table(results):
                            if log.last(records, key) is not None}
                           for key in ("knn200", "std", "loss"))  # without labels there is no kNN
         difference = [knn[seed] - log.last(reference[seed], "knn200") for seed in knn if seed in reference]
-        least = collapse_std(settings["batch_size"], settings.get("head_bn", "default"))
+        least = log.collapse_std(settings["batch_size"], settings.get("head_bn", "default"))
         lines.append([name, paper, mean_and_std(knn.values(), ".2f"),
                       mean_and_std(difference if name != "default" else (), ".2f"),
                       mean_and_std(std.values(), ".3f") + " (collapsed)" * (statistics.fmean(std.values()) < least),

@@ -25,11 +25,11 @@ from utils.augment import MEAN, SIZE, STD
 from utils.cli import (
     Parser, add_data_options, add_device_options, add_normalization, data_options, file_path, run_script, say, warn,
 )
-from utils.data import DATASETS, load_dataset, load_folder
+from utils.data import DATASETS, load_dataset
 from utils.device import autocast, describe, select_device, select_precision
-from utils.knn import extract_features, monitor
-from utils.metrics import top_k
-from utils.run import BACKBONE, RESULTS, pretraining_settings, read_config
+from utils.images import load_folder
+from utils.knn import extract_features, monitor, top_k
+from utils.run import BACKBONE, RESULTS, inherit_data_options, read_config
 
 TOLERANCE = 0.05  # percentage points between accuracies that count as equal
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -66,7 +66,7 @@ def export_features(args):
         raise ValueError(f"{args.output} exists")
     device = select_device(args.gpu)
     backbone = simsiam.load_backbone(args.pretrained, args.arch, verbose=say).to(device)
-    args.image_size = args.image_size or pretraining_settings(args.pretrained).get("image_size")
+    inherit_data_options(args, args.pretrained)
     if args.images is not None:
         images, labels, classes, files = load_folder(args.images, args.image_size or SIZE)
         splits, arrays = {"": (images, labels)}, {"files": numpy.array(files, dtype=str)}

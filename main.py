@@ -33,7 +33,6 @@ from utils.device import (
     autocast, compile_for, describe, describe_precision, memory_layout, select_device, select_precision,
 )
 from utils.knn import monitor
-from utils.metrics import collapse_warning
 from utils.plot import plot_views
 from utils.report import REPORT, draw_run, evaluation_command
 from utils.run import BACKBONE, CHECKPOINT, FORMAT, UNTRAINED, Run, find_run, machine, restore, start_run
@@ -196,7 +195,7 @@ def finish_epoch(args, device, data, model, scaler, run, state, rate, evaluate, 
     if scaler.is_enabled():
         record["loss_scale"] = scaler.get_scale()
     run.log(record | seen)
-    warning = collapse_warning(run.records, args.batch_size, args.head_bn)
+    warning = log.collapse_warning(run.records, args.batch_size, args.head_bn)
     if warning:
         expected = not args.stop_gradient or args.predictor == "none"
         warn(warning + (". Without stop-gradient or predictor this is expected (Sec. 4)" if expected else
@@ -231,7 +230,7 @@ def run_files(args, device, state, data, model, optimizer, scaler):
     """backbone.pt, which evaluation needs, and checkpoint.pt, which a resumed run needs."""
     backbone = {name: value.cpu().contiguous() for name, value in model.backbone.state_dict().items()}
     parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-    about = {"format": FORMAT, "config": vars(args), "machine": machine(device), "images": len(data.train_images)}
+    about = {"format": FORMAT, "config": vars(args), "machine": machine(device), "data": data.digest()}
     return {BACKBONE: backbone, CHECKPOINT: {**state, **about, **parts}}
 
 
@@ -255,8 +254,8 @@ def set_up(parser, args, argv):
     args.image_size = data.train_images.shape[2]
     args.view_size = str(args.image_size) if args.view_size is None else args.view_size
     view_sizes(args.view_size, args.epochs, args.image_size)  # raises for a bad schedule
-    if state is not None and state["images"] != len(data.train_images):
-        raise ValueError(f"{len(data.train_images)} training images; the run to resume has {state['images']}")
+    if state is not None and state["data"] != data.digest():
+        raise ValueError(f"--data_root {args.data_root}: not the training images of the run to resume")
     if args.batch_size > len(data.train_images):
         raise ValueError(f"--batch_size {args.batch_size}: there are {len(data.train_images)} training images")
     torch.backends.cudnn.benchmark = not args.deterministic

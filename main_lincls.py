@@ -30,10 +30,9 @@ from utils.cli import (
 )
 from utils.data import DATASETS, balanced_subset, load_dataset
 from utils.device import autocast, compile_for, describe, select_device, select_precision
-from utils.knn import extract_features
-from utils.metrics import class_accuracies, confusion_matrix, top_k
+from utils.knn import class_accuracies, confusion_matrix, extract_features, top_k
 from utils.report import draw_run
-from utils.run import EVALUATION, FORMAT, RESULTS, Run, find_run, machine, pretraining_settings, restore, start_run
+from utils.run import EVALUATION, FORMAT, RESULTS, Run, find_run, inherit_data_options, machine, restore, start_run
 
 LR_PER_256 = 30.0           # learning rate for a batch of 256; it scales linearly
 MILESTONES = (0.6, 0.8)     # shares of the epochs after which it is divided by 10
@@ -248,7 +247,7 @@ def set_up(parser, args, argv):
     args.backbone = checkpoint.digest(backbone.state_dict())
     if state is not None and state.get("backbone") != args.backbone:
         raise ValueError(f"--pretrained {args.pretrained}: not the backbone that {folder} evaluates")
-    args.image_size = args.image_size or pretraining_settings(args.pretrained).get("image_size")
+    inherit_data_options(args, args.pretrained)
     data = load_dataset(args.dataset, args.data_root, device, **data_options(vars(args)), unlabeled=False)
     if not data.has_classes:
         raise ValueError(f"--dataset {args.dataset}: no labels of several classes to evaluate with")

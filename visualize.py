@@ -22,11 +22,13 @@ from utils.cli import (
 )
 from utils.data import DATASETS, load_dataset
 from utils.device import autocast, select_device, select_precision
-from utils.knn import K, TEMPERATURE, accuracy, extract_features, nearest, vote
-from utils.metrics import alignment, confusion_matrix, effective_rank, spectrum, uniformity
-from utils.plot import COLORS, figure, plot_confusion
+from utils.knn import (
+    K, TEMPERATURE, accuracy, alignment, confusion_matrix, effective_rank, extract_features, nearest, spectrum,
+    uniformity, vote,
+)
+from utils.plot import COLORS, figure, plot_confusion, printable
 from utils.report import write_report
-from utils.run import BACKBONE, CONFIG, UNTRAINED, pretraining_settings, read_config
+from utils.run import BACKBONE, CONFIG, UNTRAINED, inherit_data_options, read_config
 
 QUERIES, NEIGHBORS = 12, 6  # of neighbors.png
 FILES = {"trained": BACKBONE, "untrained": UNTRAINED}
@@ -102,7 +104,8 @@ def plot_neighbors(folder, data, similarities, indices):
                 axes.imshow(image.permute(1, 2, 0).cpu().numpy())
                 axes.spines[:].set(visible=similarity is not None, linewidth=1.8, color=COLORS[0 if same else 1],
                                    linestyle="-" if same else "--")
-                axes.set_xlabel(f"{similarity:.2f}" if same and similarity else data.classes[label][:10], fontsize=6)
+                name = printable(data.classes[label][:10])
+                axes.set_xlabel(f"{similarity:.2f}" if same and similarity else name, fontsize=6)
 
 
 def plot_map(folder, unit, labels, classes):
@@ -122,7 +125,7 @@ def plot_map(folder, unit, labels, classes):
         axes.scatter(*points.T, s=min(12, max(1.5, 2e4 / len(points))), c=colors[labels], linewidths=0, alpha=0.7)
         for label in labels.unique().tolist() if len(classes) <= 20 else ():
             center = numpy.median(points[labels.numpy() == label], axis=0)
-            axes.annotate(classes[label], center, ha="center", va="center", fontsize=7,
+            axes.annotate(printable(classes[label]), center, ha="center", va="center", fontsize=7,
                           bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": colors[label]})
         axes.set(title=f"{len(points):,} test images, {method}", xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
@@ -148,7 +151,7 @@ def main(argv=None):
         args, files = find_files(parser, args, argv)
         device = select_device(args.gpu)
         args.precision = select_precision(args.precision, device)
-        args.image_size = args.image_size or pretraining_settings(args.pretrained).get("image_size")
+        inherit_data_options(args, args.pretrained)
         data = load_dataset(args.dataset, args.data_root, device, **data_options(vars(args)), unlabeled=False)
         if not data.has_classes:
             raise ValueError(f"--dataset {args.dataset}: no labels of several classes to draw")

@@ -13,7 +13,8 @@ from torchvision.datasets import CIFAR10
 from torchvision import transforms
 
 from utils.augment import MEAN, STD
-from utils.data import balanced_subset, load_dataset, load_folder, read_image
+from utils.data import balanced_subset, load_dataset
+from utils.images import load_folder, read_image
 from utils.shapes import draw_shapes
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 import main_lincls
 import simsiam
 import visualize
-from utils import checkpoint, log, metrics, plot, report
+from utils import checkpoint, knn, log, plot, report
 from utils.augment import apply_two_views, draw_views, normalize
 
 
@@ -162,26 +162,26 @@ def test_metrics_of_features_are_those_of_their_papers():
     features = torch.randn(300, 16, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 17)
     unit = features.double() / features.double().norm(dim=1, keepdim=True)
     pairs = [(-2 * (unit[i] - unit[:i]).square().sum(dim=1)).exp() for i in range(1, 300)]
-    assert metrics.uniformity(features) == pytest.approx(torch.cat(pairs).mean().log().item(), abs=1e-5)
-    assert metrics.uniformity(torch.tensor([[1.0, 0], [-2, 0]])) == pytest.approx(-8)  # distance 2
+    assert knn.uniformity(features) == pytest.approx(torch.cat(pairs).mean().log().item(), abs=1e-5)
+    assert knn.uniformity(torch.tensor([[1.0, 0], [-2, 0]])) == pytest.approx(-8)  # distance 2
     expected = 2 - 2 * F.cosine_similarity(features, features.roll(1, dims=0)).mean().item()
-    assert metrics.alignment(features, 3 * features.roll(1, dims=0)) == pytest.approx(expected, abs=1e-5)
+    assert knn.alignment(features, 3 * features.roll(1, dims=0)) == pytest.approx(expected, abs=1e-5)
     singular = torch.linalg.svdvals(features.double() - features.double().mean(dim=0))
-    assert torch.allclose(metrics.spectrum(features), singular.square() / 299)
+    assert torch.allclose(knn.spectrum(features), singular.square() / 299)
     shares = torch.linalg.svdvals(features.double())
     entropy = -sum(share * math.log(share) for share in (shares / shares.sum()).tolist())
-    assert metrics.effective_rank(features) == pytest.approx(math.exp(entropy), rel=1e-6)
+    assert knn.effective_rank(features) == pytest.approx(math.exp(entropy), rel=1e-6)
     for scales, rank in (([2.0] * 7 + [0.0] * 3, 7), ([3.0, 1.0], 4 / 3**0.75), ([0.0] * 3, 0), ([math.nan], 0)):
-        assert metrics.effective_rank(torch.tensor(scales).diag()) == pytest.approx(rank)
+        assert knn.effective_rank(torch.tensor(scales).diag()) == pytest.approx(rank)
 
 
 def test_a_collapse_is_warned_of_once_after_three_epochs():
-    assert [metrics.collapse_std(size) for size in (100, 4, 10**4)] == [0.3, 0.6, 0.1]  # 3 / sqrt(B), within limits
+    assert [log.collapse_std(size) for size in (100, 4, 10**4)] == [0.3, 0.6, 0.1]  # 3 / sqrt(B), within limits
     records, warned = [{"epoch": 0, "knn1": 9.0}], []
     for epoch, std in enumerate((0.31, 0.29, 0.29, 0.29, 0.2, 0.31, 0.29, 0.29, 0.29), 1):
         records.append({"epoch": epoch, "std": std})
-        warned += [epoch] * bool(metrics.collapse_warning(records, 100, "default"))
-        assert not any(metrics.collapse_warning(records, 100, head_bn) for head_bn in ("none", "hidden"))
+        warned += [epoch] * bool(log.collapse_warning(records, 100, "default"))
+        assert not any(log.collapse_warning(records, 100, head_bn) for head_bn in ("none", "hidden"))
     assert warned == [4, 9]
 
 

@@ -22,7 +22,8 @@ import main as pretraining
 import main_lincls
 import tiles
 import visualize
-from utils import checkpoint, data, log
+from utils import checkpoint, log
+from utils import images as image_files
 from utils.data import load_dataset
 from utils.shapes import CLASSES
 
@@ -85,7 +86,7 @@ def test_cifar10_as_a_folder_is_the_same_data_set(cifar, tmp_path, monkeypatch):
 def test_images_of_any_size_are_those_of_torchvision(size, tmp_path, monkeypatch):
     """ImageFolder with Resize and CenterCrop, apart from the order; more than a batch, so in several processes."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "BATCH_BYTES", 3 * 3 * size**2)
+    monkeypatch.setattr(image_files, "BATCH_BYTES", 3 * 3 * size**2)
     generator = torch.Generator().manual_seed(0)
     for i, shape in enumerate([(40, 60), (151, 33), (64, 64), (24, 25), (200, 170)] * 4):
         image = torch.randint(256, (1, 3, *shape), generator=generator).byte()
@@ -95,7 +96,7 @@ def test_images_of_any_size_are_those_of_torchvision(size, tmp_path, monkeypatch
     crop = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()])
     reference = torchvision.datasets.ImageFolder("DIR/train", crop)
     place = {file: i for i, (file, _) in enumerate(reference.samples)}
-    order = [place[os.path.relpath(file)] for file in data.list_images("DIR/train")[0]]
+    order = [place[os.path.relpath(file)] for file in image_files.list_images("DIR/train")[0]]
     for images, labels in (loaded[:2], loaded[2:4]):
         assert torch.equal(images, torch.stack([reference[i][0] for i in order]))
         assert labels.tolist() == [reference.targets[i] for i in order]
@@ -104,8 +105,8 @@ def test_images_of_any_size_are_those_of_torchvision(size, tmp_path, monkeypatch
 
 def test_the_cache_is_made_once_and_again_if_the_folder_changes(folder, monkeypatch):
     made = []
-    usual = data.make_cache
-    monkeypatch.setattr(data, "make_cache", lambda *args: made.append(1) or usual(*args))
+    usual = image_files.make_cache
+    monkeypatch.setattr(image_files, "make_cache", lambda *args: made.append(1) or usual(*args))
     first = load_dataset("folder", str(folder), CPU)
     assert torch.equal(load_dataset("folder", "DIR", CPU).train_images, first.train_images) and len(made) == 1
     npy, about = (next(Path("cache").glob(f"*.{end}")) for end in ("npy", "json"))
@@ -115,13 +116,21 @@ def test_the_cache_is_made_once_and_again_if_the_folder_changes(folder, monkeypa
     file = next(folder.glob("train/*/00000.png"))
     changes = [lambda: os.utime(file, (1, 1)), lambda: file.rename(file.with_name("first.png")),
                lambda: npy.write_bytes(npy.read_bytes()[:-1]), lambda: about.write_text("{"),
-               lambda: next(folder.glob("train/*/00001.png")).unlink(), npy.unlink]
+               lambda: next(folder.glob("train/*/00001.png")).unlink(), npy.unlink, lambda: npy.write_bytes(b""),
+               lambda: npy.write_bytes(b"PK" + npy.read_bytes()),
+               lambda: np.save(npy, np.zeros((3, 3, 32, 32), np.uint8)),
+               lambda: np.save(npy, np.load(npy).astype(np.float32)), lambda: about.write_text("[]"),
+               lambda: about.write_text(about.read_text().replace('"broken": []', '"broken": [[1]]'))]
     for count, change in enumerate(changes, 3):
         change()
         loaded = load_dataset("folder", str(folder), CPU)
         assert len(made) == count and len(loaded.test_images) == 100
         assert torch.equal(loaded.train_images, load_dataset("folder", str(folder), CPU).train_images)
         assert len(made) == count
+    with open(npy, "r+b") as file:  # the images are mapped from it, not copied
+        file.seek(128)
+        file.write(bytes([7, 8, 9]))
+    assert loaded.train_images[0, 0, 0, :3].tolist() == [7, 8, 9]
     assert len(loaded.train_images) == 127 and torch.equal(loaded.train_images[-1], first.train_images[0])
 
 
@@ -145,10 +154,10 @@ def make_and_drop_cache(folder):
 
 
 def test_a_process_killed_while_it_makes_the_cache_leaves_none_that_is_used(folder):
-    script = ("import os, time, torch; from utils import data; usual = data.read_image\n"
+    script = ("import os, time, torch; from utils import data, images\n"
               "def slow(file): open('begun', 'w').close(); time.sleep(60)\n"
-              "data.read_image = slow; data.load_dataset('folder', 'DIR', torch.device('cpu'))")
-    environment = os.environ | {"PYTHONPATH": str(Path(data.__file__).parents[1])}
+              "images.read_image = slow; data.load_dataset('folder', 'DIR', torch.device('cpu'))")
+    environment = os.environ | {"PYTHONPATH": str(Path(image_files.__file__).parents[1])}
     process = subprocess.Popen([sys.executable, "-c", script], env=environment)
     while not os.path.exists("begun"):
         time.sleep(0.1)
@@ -181,17 +190,21 @@ def test_images_without_classes_train_and_log_their_effective_rank(shapes, tmp_p
     assert "knn1" not in log.read("experiments/b")[-1]
 
 
-def test_test_images_are_held_out_of_classes_without_a_folder_of_them(shapes, tmp_path, monkeypatch):
+def test_held_out_images_are_about_a_share_of_each_class_and_stay_so(shapes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_images("DIR", shapes.train_images[:200], shapes.train_labels)
+    write_images("DIR", shapes.train_images[:600], shapes.train_labels)
     loaded = load_dataset("folder", "DIR", CPU, test_share=0.25)
-    counts = shapes.train_labels[:200].bincount()
-    by_name = [counts[CLASSES.index(name)].item() for name in loaded.classes]
-    assert loaded.test_labels.bincount().tolist() == [max(1, round(count * 0.25)) for count in by_name]
-    assert sorted(map(hash, map(bytes, [*loaded.train_images.numpy(), *loaded.test_images.numpy()]))) == sorted(
-        map(hash, map(bytes, shapes.train_images[:200].numpy())))
-    again = load_dataset("folder", "DIR", CPU, test_share=0.25)
-    assert torch.equal(loaded.test_images, again.test_images) and torch.equal(loaded.train_labels, again.train_labels)
+    count = len(loaded.test_images)
+    assert abs(count / 600 - 0.25) < 4 * (0.25 * 0.75 / 600)**0.5 and len(loaded.test_labels.unique()) == 10
+    both = torch.cat((loaded.train_images, loaded.test_images))
+    assert sorted(map(bytes, both.numpy())) == sorted(map(bytes, shapes.train_images[:600].numpy()))
+    held_out = set(map(bytes, loaded.test_images.numpy()))
+    write_images("DIR", shapes.train_images[:650], shapes.train_labels)  # what is added changes nothing else
+    more = load_dataset("folder", "DIR", CPU, test_share=0.25)
+    assert held_out < set(map(bytes, more.test_images.numpy()))
+    assert not held_out & set(map(bytes, more.train_images.numpy()))
+    alone = load_dataset("folder", "DIR", CPU, test_share=1e-9)
+    assert alone.test_labels.bincount().tolist() == [1] * 10
 
 
 def test_bad_folders_are_refused(folder, refused, shapes):
@@ -208,17 +221,26 @@ def test_bad_folders_are_refused(folder, refused, shapes):
     refused(pretraining.main, [*command, "--data_root", folder / "none"], "no images")
     write_images("FEW/a", shapes.train_images[:9])
     write_images("FEW/b", shapes.train_images[:1])
-    refused(pretraining.main, [*command, "--data_root", "FEW"], "'b'", "--test_share")
+    refused(pretraining.main, [*command, "--data_root", "FEW"], "FEW: b: test images, but no training images")
+    refused(pretraining.main, [*command, "--cache_dir", folder / "cache"], "--cache_dir", "among the images")
+    for names in (("Train", "Test"), ("test", "val")):
+        for name in names:
+            write_images(f"{names}/{name}/a", shapes.train_images[:3])
+        refused(pretraining.main, [*command, "--data_root", str(names)], "splits are called train and test")
+    write_images(folder / "test", shapes.test_images[:1])
+    shutil.move(folder / "test", "aside")
+    write_images(folder / "test", shapes.test_images[:2])
+    refused(pretraining.main, command, "test: no class folders")
 
 
 def test_files_that_cannot_be_read_are_named_or_skipped_and_counted(folder, refused, capsys, monkeypatch, no_figures):
-    monkeypatch.setattr(data, "BATCH_BYTES", 3 * 32 * 32 * 20)
+    monkeypatch.setattr(image_files, "BATCH_BYTES", 3 * 32 * 32 * 20)
     whole = load_dataset("folder", str(folder), CPU)
     files = [next(folder.glob(f"train/*/{name}.png")) for name in ("00003", "00050", "00127")]
     files[0].write_bytes(b"no image")
     files[1].write_bytes(files[1].read_bytes()[:200])
     files[2].unlink()
-    files[2].symlink_to("nowhere")
+    os.mkfifo(files[2])
     command = f"{SMALL} --data_root {folder}".split()
     with pytest.raises(ValueError, match=f"{files[0]}.*--skip_broken"):
         load_dataset("folder", str(folder), CPU)
@@ -232,8 +254,12 @@ def test_files_that_cannot_be_read_are_named_or_skipped_and_counted(folder, refu
     assert torch.equal(loaded.train_labels, whole.train_labels[kept])
     assert torch.equal(loaded.test_images, whole.test_images)
     refused(pretraining.main, command, files[0].name, "--skip_broken")
+    readable = Image.fromarray(whole.train_images[3].permute(1, 2, 0).numpy())
+    unreadable = image_files.read_image
+    monkeypatch.setattr(image_files, "read_image", lambda file: readable if file == str(files[0]) else unreadable(file))
+    assert len(load_dataset("folder", str(folder), CPU, skip_broken=True).train_images) == 126  # it was a passing error
     refused(pretraining.main, [*command, "--resume", "experiments/1/checkpoint.pt", "--data_root",
-                               folder / "test"], "training images; the run to resume has 125")
+                               folder / "test"], "not the training images of the run to resume")
 
 
 def test_other_scripts_take_the_size_of_the_images_from_the_run(folder, no_gpu, no_figures, monkeypatch):
@@ -334,3 +360,37 @@ def test_photographs_of_any_size_mode_and_format_train(tmp_path, monkeypatch, no
     assert pretraining.main(f"--dataset folder --data_root DIR --image_size 24 {command}".split()) == 0
     assert load_dataset("folder", "DIR", CPU, image_size=24).classes == classes
     assert log.read("experiments/1")[-1]["knn200"] > 100 / len(classes) + 5
+
+
+def test_links_in_a_circle_add_nothing_and_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):
+    files = image_files.list_images("DIR/train")
+    os.symlink("..", "DIR/train/disc/up")
+    os.symlink(".", "DIR/train/disc/again")
+    assert image_files.list_images("DIR/train") == files
+
+    def walk(folder, onerror, **options):
+        onerror(PermissionError(13, "Permission denied", folder))
+
+    monkeypatch.setattr(os, "walk", walk)
+    with pytest.raises(PermissionError):
+        load_dataset("folder", "DIR", CPU)
+
+
+def test_a_finished_cache_is_read_where_nothing_may_be_written(folder, monkeypatch):
+    whole = load_dataset("folder", "DIR", CPU)
+    monkeypatch.setattr(checkpoint, "lock", None)
+    assert torch.equal(load_dataset("folder", "DIR", CPU).train_images, whole.train_images)
+
+
+@pytest.mark.filterwarnings("error")
+def test_classes_may_have_any_names(shapes, tmp_path, monkeypatch, no_gpu):
+    monkeypatch.chdir(tmp_path)
+    classes = ["a $x^$", os.fsdecode(b"\xff\xfe"), "日本"]
+    for split in ("train", "test"):
+        write_images(f"DIR/{split}", shapes.train_images[:60], [i % 3 for i in range(60)], classes)
+    assert pretraining.main(f"{SMALL} --data_root DIR --quiet".split()) == 0
+    command = "--pretrained experiments/1/backbone.pt --features cached --dataset folder DIR"
+    assert main_lincls.main(command.split()) == 0
+    visualize.main("--pretrained experiments/1 --quiet".split())
+    assert {"neighbors.png", "map.png"} <= {*os.listdir("experiments/1")}
+    assert os.path.exists("experiments/2/confusion.png")

@@ -9,7 +9,7 @@ import zipfile
 
 import torch
 
-from utils.cli import warn
+from utils.cli import info, warn
 
 fcntl = None  # on Windows, where nothing is locked
 with contextlib.suppress(ImportError):
@@ -64,10 +64,13 @@ def lock(path, wait=False):
     file = open(path, "ab")
     try:
         if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.close()
-        raise
+        if not wait:
+            file.close()
+            raise
+        info(f"waiting for another process that has locked {path}")
+        fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:  # some network file systems have no locks
         warn(f"{path} cannot be locked ({error.strerror})")
     return file

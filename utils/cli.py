@@ -113,8 +113,8 @@ def add_data_options(parser, datasets, positional=True):
     group.add_argument("--test_size", type=whole_number(1), metavar="N", help="use the first N test images")
     group.add_argument("--image_size", type=whole_number(8), metavar="N", help="resize images to N pixels (default: "
                        "the backbone's run, else 96 for stl10, 32 for others)")
-    group.add_argument("--test_share", type=fraction, default=0.1, metavar="F",
-                       help="share of each class of a folder without test/ that is held out as test images")
+    group.add_argument("--test_share", type=fraction, metavar="F", help="share of each class held out as test images, "
+                       "for a folder without any (default: the backbone's run, else 0.1)")
     group.add_argument("--skip_broken", action="store_true", help="skip images of a folder that cannot be read")
     group.add_argument("--cache_dir", type=file_path, default="cache", metavar="DIR", help="for a folder's images")
     return group

@@ -1,4 +1,4 @@
-"""Features of a frozen backbone, and weighted k-nearest-neighbor classification of them: the pre-training monitor.
+"""Features of a frozen backbone: weighted k-nearest-neighbor classification, accuracies, and their geometry.
 
 Features are l2-normalized; all training images form the bank and every test image is classified. k = 200 neighbors
 vote with weight exp(similarity / 0.1); k = 1 takes the class of the nearest one.
@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from utils.augment import MEAN, STD, normalize
 from utils.cli import bar
-from utils.metrics import effective_rank
 
 K = 200
 TEMPERATURE = 0.1
@@ -84,3 +83,49 @@ def monitor(backbone, data, autocast, check=lambda: None):
 def accuracy(predicted, labels):
     """Share of correct predictions in percent."""
     return 100 * (predicted == labels).double().mean().item()
+
+
+def top_k(logits, labels, k):
+    """Percentage of rows whose class is among the k largest logits: logits [N, C], labels int64 [N]."""
+    return 100 * (logits.topk(k, dim=1).indices == labels[:, None]).any(dim=1).double().mean().item()
+
+
+def confusion_matrix(predicted, labels, num_classes):
+    """Counts int64 [C, C] on the CPU: true classes in rows, predicted ones in columns."""
+    return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(2 * [num_classes]).cpu()
+
+
+def class_accuracies(confusion):
+    """Accuracy of each class in percent, a list; None for a class without images."""
+    counts = zip(confusion.diagonal().tolist(), confusion.sum(dim=1).tolist())
+    return [100 * correct / total if total else None for correct, total in counts]
+
+
+def alignment(first, second):
+    """Mean squared distance of the l2-normalized features of two views, float [N, D] each: 0 to 4, lower is closer
+    (Wang & Isola, arXiv 2005.10242, Sec. 4.1, alpha = 2)."""
+    return (F.normalize(first, dim=1) - F.normalize(second, dim=1)).square().sum(dim=1).double().mean().item()
+
+
+def uniformity(features):
+    """log of the mean over all pairs of exp(-2 distance^2) of l2-normalized features float [N, D]: 0 if all are equal,
+    lower is more uniform (Wang & Isola, Sec. 4.1.2, t = 2). Takes 2 N^2 bytes."""
+    return torch.pdist(F.normalize(features, dim=1)).square_().mul_(-2).exp_().mean(dtype=torch.float64).log().item()
+
+
+def spectrum(features):
+    """Eigenvalues of the covariance of features float [N, D], largest first: float64 [D], on the CPU. Collapsed
+    dimensions have 0 (Jing et al., arXiv 2110.09348, Sec. 3)."""
+    features = features.double().cpu()
+    return torch.linalg.eigvalsh(torch.cov(features.T).view(features.shape[1], -1)).flip(0).clamp(min=0)
+
+
+def effective_rank(features):
+    """Number of dimensions in use, as RankMe counts them (Garrido et al., arXiv 2210.02885): exp of the entropy of the
+    singular values, divided by their sum, of features float [N, D] as they are, neither centered nor normalized: 1 to
+    min(N, D). 0 if all features are 0, or one is not finite."""
+    features = features.double().cpu()
+    if not features.isfinite().all() or not features.any():
+        return 0.0
+    singular = torch.linalg.eigvalsh(features.T @ features).clamp(min=0).sqrt()
+    return torch.special.entr(singular / singular.sum()).sum().exp().item()

@@ -1,11 +1,14 @@
-"""log.jsonl: one JSON object a line, one line an epoch."""
+"""log.jsonl, one JSON object a line and one line an epoch, and what it says: figures, tables, a collapse."""
 import contextlib
 import json
+import math
 import os
 
 from utils.checkpoint import read_json
 
 LOG = "log.jsonl"
+COLLAPSE_STD = 0.1   # of feature_std, where no batch norm keeps it above 0
+COLLAPSE_EPOCHS = 3  # in a row below the threshold, before the warning
 
 
 def append(folder, records):
@@ -79,7 +82,7 @@ def summarize(folder):
     records = read(folder)
     keys = ("epoch", "loss", "std", "knn1", "knn200", "effective_rank", "train_loss", "test_top1")
     row = {key: last(records, key) for key in keys if last(records, key) is not None}
-    if records[0]["epoch"] == 0:
+    if records[0]["epoch"] == 0 and "knn200" in records[0]:
         row["untrained knn200"] = records[0].get("knn200")
     if "test_top1" in row:
         row["best test_top1"] = max(record["test_top1"] for record in records)
@@ -97,3 +100,21 @@ def table(folders):
         cells = (row.get(key, "–") for key in keys)
         lines.append([f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def collapse_std(batch_size, head_bn="default"):
+    """The feature_std (healthy: about 1) below which the outputs have collapsed. Behind a batch norm, 2 / sqrt(B) means
+    that all outputs but one point the same way, 2 sqrt(2 / B) that all but two do: hence 3 / sqrt(B), at most 0.6."""
+    if head_bn in ("none", "hidden"):
+        return COLLAPSE_STD
+    return max(COLLAPSE_STD, min(3 / math.sqrt(batch_size), 0.6))
+
+
+def collapse_warning(records, batch_size, head_bn):
+    """A warning, once, when std has been below collapse_std for COLLAPSE_EPOCHS epochs of the log; else None."""
+    least = collapse_std(batch_size, head_bn)
+    low = [record["std"] < least for record in records if "std" in record]
+    if len(low) < COLLAPSE_EPOCHS or not all(low[-COLLAPSE_EPOCHS:]) or any(low[:-COLLAPSE_EPOCHS][-1:]):
+        return None
+    return (f"epoch {records[-1]['epoch']}: std {records[-1]['std']:.4f}, for {COLLAPSE_EPOCHS} epochs below "
+            f"{least:.2g} (healthy: about 1): the outputs have collapsed, whatever the loss")

@@ -19,7 +19,6 @@ from matplotlib.ticker import MaxNLocator
 from utils import log
 from utils.augment import denormalize
 from utils.cli import Parser, file_path, run_script, say
-from utils.metrics import collapse_std
 from utils.run import read_config
 
 # Okabe and Ito's palette, for any color vision, in an order whose neighbors differ in lightness too.
@@ -52,14 +51,19 @@ def figure(folder, name, width=4.2, height=3.0, layout="constrained"):
         drawn.savefig(os.path.join(folder, f"{name}.png"))
 
 
+def printable(name):
+    """A name of any characters for matplotlib, which refuses bytes that are no text, and reads formulas between $."""
+    name = name.encode(errors="backslashreplace").decode().replace("$", r"\$")
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
+
+
 def group_seeds(runs):
     """{folder: records} -> {label: list of records}: runs whose names differ only in a final seedN together."""
     groups = {}
     for folder, records in runs.items():
         name = os.path.basename(os.path.abspath(folder))
         name = re.sub(r"[-_]?seed\d+(?=-linear$|$)", "", name).lstrip("-") or "seeds"
-        name = name.encode(errors="backslashreplace").decode()[:40].replace("$", r"\$")
-        label = "".join(letter if letter.isprintable() else "?" for letter in name)
+        label = printable(name[:40])
         groups.setdefault(" " * label.startswith("_") + label, []).append(records)  # matplotlib hides names with _
     return groups
 
@@ -89,7 +93,7 @@ def mark_levels(axes, name, keys, settings):
     if name == "std":
         axes.set_ylim(0, max(1.15, axes.get_ylim()[1]))
         level(axes, 1, "1: spread over the whole sphere")
-        limits = {collapse_std(each.get("batch_size", 512), each.get("head_bn", "default")) for each in settings}
+        limits = {log.collapse_std(each.get("batch_size", 512), each.get("head_bn", "default")) for each in settings}
         if len(limits) == 1:
             level(axes, *limits, f"{min(limits):.2g}: collapsed below")
     if name == "top1-acc" and {each["dataset"] for each in settings} == {"cifar10"}:
@@ -125,6 +129,7 @@ def plot_runs(folders, output):
 
 def plot_confusion(folder, confusion, classes, name="confusion"):
     """Draw which classes are taken for which. confusion: counts int64 [C, C], true classes in rows."""
+    classes = list(map(printable, classes))
     shares = (100 * confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
     with figure(folder, name, 4.6, 4.2) as drawing:
         axes = drawing.subplots()

@@ -65,7 +65,7 @@ def evaluation_command(settings, folder, on_cpu):
     words = ["python", "main_lincls.py", "--arch", settings["arch"], "--pretrained", os.path.join(folder, BACKBONE)]
     words += ["--features", "cached"] * on_cpu + ["--dataset", settings["dataset"]] * (settings["dataset"] != "cifar10")
     if settings["dataset"] == "folder":
-        words += ["--test_share", str(settings["test_share"])] + ["--skip_broken"] * settings["skip_broken"]
+        words += ["--cache_dir", settings["cache_dir"]] + ["--skip_broken"] * settings["skip_broken"]
     return shlex.join([*words, settings["data_root"]])
 
 
@@ -79,8 +79,9 @@ def write_report(folder):
     kind = "linear evaluation"
     if "pretrained" not in settings:
         kind = "SimSiam pre-training"
-        commands.append(evaluation_command(settings, folder, config["device"].startswith("CPU")))
-        commands.append(shlex.join(["python", "visualize.py", "--pretrained", folder, settings["data_root"]]))
+        if not records or log.last(records, "knn200") is not None:  # else there are no labels
+            commands.append(evaluation_command(settings, folder, config["device"].startswith("CPU")))
+            commands.append(shlex.join(["python", "visualize.py", "--pretrained", folder, settings["data_root"]]))
     done = f"epoch {records[-1]['epoch'] if records else 0}"
     title = html.escape(os.path.basename(os.path.abspath(folder)))
     content = f"""<!DOCTYPE html>

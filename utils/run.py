@@ -75,11 +75,12 @@ def read_config(folder):
     return config
 
 
-def pretraining_settings(path):
-    """The settings of the run in whose folder a checkpoint lies; {} elsewhere."""
+def inherit_data_options(args, path):
+    """Fill in --image_size and --test_share, unless typed, from the run in whose folder a checkpoint lies, if any."""
     with contextlib.suppress(OSError, ValueError):
-        return read_config(os.path.dirname(path))["settings"]
-    return {}
+        settings = read_config(os.path.dirname(path))["settings"]
+        for name in ("image_size", "test_share"):
+            setattr(args, name, settings.get(name) if getattr(args, name) is None else getattr(args, name))
 
 
 def find_run(parser, args, argv, name, may_change):
