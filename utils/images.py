@@ -2,6 +2,7 @@
 import collections
 import contextlib
 import hashlib
+import mmap
 import os
 
 import numpy
@@ -93,6 +94,8 @@ def read_cache(path, source):
         again = ImageFiles([source["files"][i][0] for i in broken], size)
         if (about["source"] == source and images.shape == (len(source["files"]) - len(broken), 3, size, size)
                 and images.dtype == numpy.uint8 and all(isinstance(again[i], str) for i in range(len(again)))):
+            if hasattr(mmap, "MADV_RANDOM"):  # not on Windows; batches are random rows: reading ahead is in vain
+                images._mmap.madvise(mmap.MADV_RANDOM)
             return images, broken
     return None
 
