@@ -75,9 +75,7 @@ def export_features(args):
         splits = {"train_": (data.train_images, data.train_labels), "test_": (data.test_images, data.test_labels)}
         classes, arrays = data.classes, {}
     precision = autocast(device, select_precision(args.precision, device))
-    for prefix, (images, labels) in splits.items():
-        if not len(images):
-            continue
+    for prefix, (images, labels) in ((name, split) for name, split in splits.items() if len(split[0])):
         features = extract_features(backbone, images, precision, args.mean, args.std)
         arrays |= {f"{prefix}features": features.cpu().numpy(), f"{prefix}labels": labels.cpu().numpy()}
     content = io.BytesIO()

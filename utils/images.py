@@ -156,8 +156,8 @@ class ImageFiles(torch.utils.data.Dataset):
 def collate(batch):
     images = [image for image in batch if not isinstance(image, str)]
     failures = {i: image for i, image in enumerate(batch) if isinstance(image, str)}
-    stacked = numpy.stack(images or [numpy.empty((0, 0, 3), dtype=numpy.uint8)])
-    return torch.from_numpy(stacked.transpose(0, 3, 1, 2).copy()), failures
+    stacked = numpy.stack(images or [numpy.empty((0, 0, 3), dtype=numpy.uint8)]).transpose(0, 3, 1, 2)
+    return torch.from_numpy(stacked.copy()), failures
 
 
 def load_folder(folder, size):
