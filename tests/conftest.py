@@ -14,7 +14,7 @@ sys.path.insert(0, str(REPO))
 
 import main as pretraining  # noqa: E402
 import main_lincls  # noqa: E402
-from utils import shapes  # noqa: E402
+from utils import cli, shapes  # noqa: E402
 from utils.data import load_dataset  # noqa: E402
 
 # A run of a second: four steps an epoch on the built-in shapes.
@@ -51,6 +51,12 @@ def cifar(cifar_root):
 @pytest.fixture(scope="session", name="shapes")
 def shapes_data():
     return load_dataset("shapes", None, torch.device("cpu"), 1000, 500)
+
+
+@pytest.fixture(autouse=True)
+def not_quiet(monkeypatch):
+    """--quiet of one test is not that of the next in the process."""
+    monkeypatch.setattr(cli, "quiet", False)
 
 
 @pytest.fixture
