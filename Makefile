@@ -15,7 +15,7 @@ $(VENV)/.installed: requirements.txt tests/requirements.txt
 	touch $@
 
 demo: $(VENV)/.installed
-	$(RUN) main.py --dataset shapes --width 8 --batch_size 64 --learning_rate 0.05 --dim 512 --pred_dim 128 --epochs 8 \
+	$(RUN) main.py --dataset shapes --width 8 --batch_size 64 --learning_rate 0.03 --dim 512 --pred_dim 128 --epochs 8 \
 		--eval_freq 2 --untrained --trial $(DEMO)
 	$(LINEAR) --pretrained experiments/$(DEMO)/untrained.pt --trial $(DEMO)-untrained-linear
 	$(LINEAR) --pretrained experiments/$(DEMO)/backbone.pt --trial $(DEMO)-linear
