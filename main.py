@@ -6,7 +6,7 @@
 On a CPU: CIFAR-10 at a quarter of the width (92 minutes on one core, kNN 62 %), or the built-in shapes (minutes):
 
     python main.py --data_root data --width 16 --batch_size 128 --learning_rate 0.06 --epochs 24
-    python main.py --dataset shapes --width 8 --batch_size 64 --learning_rate 0.05 --dim 512 --pred_dim 128 --epochs 8
+    python main.py --dataset shapes --width 8 --batch_size 64 --learning_rate 0.03 --dim 512 --pred_dim 128 --epochs 8
 """
 import argparse
 import contextlib
@@ -169,7 +169,7 @@ def pretrain(args, device, data, model, optimizer, scaler, run, state, stop, beg
                 if not all(value.isfinite().all() for value in model.state_dict().values()):
                     return diverged(args, run, f"epoch {epoch + 1}, step {done} of {steps}: a weight is not finite")
                 state["time"] = time.monotonic() - begin
-                run.attempt(run.write, run_files(args, device, state, data, model, optimizer, scaler), state["epoch"])
+                run.attempt(run.write, run_files(args, device, state, model, optimizer, scaler), state["epoch"])
             if stopping or evaluate:
                 run.draw(draw_run)
             if run.unsaved and (stopping or finished):
@@ -226,11 +226,11 @@ def new_epoch(epoch):
     return {"epoch": epoch, "step": 0, "metrics": torch.zeros(0, 2), "seconds": 0.0}
 
 
-def run_files(args, device, state, data, model, optimizer, scaler):
+def run_files(args, device, state, model, optimizer, scaler):
     """backbone.pt, which evaluation needs, and checkpoint.pt, which a resumed run needs."""
     backbone = {name: value.cpu().contiguous() for name, value in model.backbone.state_dict().items()}
     parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-    about = {"format": FORMAT, "config": vars(args), "machine": machine(device), "data": data.digest()}
+    about = {"format": FORMAT, "config": vars(args), "machine": machine(device)}
     return {BACKBONE: backbone, CHECKPOINT: {**state, **about, **parts}}
 
 
@@ -254,7 +254,8 @@ def set_up(parser, args, argv):
     args.image_size = data.train_images.shape[2]
     args.view_size = str(args.image_size) if args.view_size is None else args.view_size
     view_sizes(args.view_size, args.epochs, args.image_size)  # raises for a bad schedule
-    if state is not None and state["data"] != data.digest():
+    args.data = data.digest()
+    if state is not None and state["config"]["data"] != args.data:
         raise ValueError(f"--data_root {args.data_root}: not the training images of the run to resume")
     if args.batch_size > len(data.train_images):
         raise ValueError(f"--batch_size {args.batch_size}: there are {len(data.train_images)} training images")
@@ -265,7 +266,7 @@ def set_up(parser, args, argv):
     parts = build(args, device)
     if state is None:
         state = new_epoch(0) | {"time": 0.0}
-        run = start_run(["main.py", *argv], folder, args, device, run_files(args, device, state, data, **parts))
+        run = start_run(["main.py", *argv], folder, args, device, run_files(args, device, state, **parts))
     else:
         restore(state, device, model=partial(simsiam.load_tensors, parts["model"]),
                 optimizer=parts["optimizer"].load_state_dict,

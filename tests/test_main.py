@@ -66,7 +66,8 @@ def test_the_folder_of_a_run_is_complete(finished_run):
         "loss-plot.png", "report.html", "std.png", "top1-acc.png", "untrained.pt", "views.png",
     ]
     untrained, *records = log.read(finished_run)
-    assert untrained.keys() == {"epoch", "knn1", "knn200", "effective_rank"} and [record["epoch"] for record in records] == [1, 2]
+    assert untrained.keys() == {"epoch", "knn1", "knn200", "effective_rank"}
+    assert [record["epoch"] for record in records] == [1, 2]
     for record in records:
         assert -1 <= record["loss"] <= 1 and 0 < record["std"] < 1.2
         assert 0 < record["seconds"] < record["time"] and record["views_per_s"] > 0

@@ -16,9 +16,9 @@ from PIL import Image
 PLACES = {
     "sklearn": ("datasets/images", ["china.jpg", "flower.jpg"]),
     "matplotlib": ("mpl-data/sample_data", ["grace_hopper.jpg"]),
-    "skimage": ("data", ["astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png",
-                         "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "retina.jpg",
-                         "rocket.jpg"]),
+    "skimage": ("data", ["astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png",
+                         "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png",
+                         "motorcycle_left.png", "retina.jpg", "rocket.jpg"]),
 }
 FORMATS = [("jpg", "RGB"), ("jpg", "L"), ("jpg", "CMYK"), ("png", "RGB"), ("png", "RGBA"), ("png", "P"), ("png", "L"),
            ("webp", "RGB"), ("bmp", "RGB"), ("tif", "RGB"), ("JPEG", "RGB"), ("PNG", "LA")]
@@ -44,7 +44,8 @@ def cut_tiles(folder, count, seed=0):
         image, split = images[source], "test" if i // len(sources) % 5 == 4 else "train"
         width, height = rng.randint(24, 160), rng.randint(24, 160)
         border = int(0.7 * image.width)
-        left = rng.randint(0, border - width) if split == "train" else rng.randint(border, max(border, image.width - width))
+        first, last = (0, border - width) if split == "train" else (border, max(border, image.width - width))
+        left = rng.randint(first, last)
         top = rng.randint(0, image.height - height)
         extension, mode = rng.choice(FORMATS)
         place = Path(folder, split, sources[source].stem)

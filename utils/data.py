@@ -85,7 +85,7 @@ def resize(images, size):
     return torch.cat([functional.resize(part, [size, size], antialias=True) for part in images.split(1000)])
 
 
-def open_torchvision(name, root, unlabeled=True):
+def open_torchvision(name, root, unlabeled):
     """Both splits as torchvision data sets; missing or damaged files (by MD5) are downloaded. root may also be the
     folder of the files itself, of any name, or the parent of the one that has it, if all files are there."""
     if os.path.isfile(root):
@@ -119,7 +119,7 @@ def open_torchvision(name, root, unlabeled=True):
 def load_splits(root, size, test_share, cache_dir, skip_broken):
     """A folder of images as [(train images, labels), (test images, labels)] and class names. The images are those of
     root/train and root/test (or val), else of root, where about test_share of each class, at least one image, become
-    the test split: which ones depends on their own paths alone. Images are read once, into cache_dir. Without classes,
+    the test split, chosen by a hash of each path. Images are read once, into cache_dir. Without classes,
     or with only one, there are no test images. Raises OSError and ValueError, as `list_images` and `cached_images` do,
     and for test images of classes without training images."""
     folder = os.path.join(root, "train") if os.path.isdir(os.path.join(root, "train")) else root
@@ -142,7 +142,9 @@ def load_splits(root, size, test_share, cache_dir, skip_broken):
     elif len(classes) > 1:
         places = [int(hashlib.sha256(os.fsencode(os.path.relpath(file, folder))).hexdigest(), 16) / 2**256
                   for file in files]  # uniform in [0, 1)
-        least = {label: min(place for place, own in zip(places, labels) if own == label) for label in set(labels)}
+        least = {}  # of each class
+        for place, label in zip(places, labels):
+            least[label] = min(place, least.get(label, 1))
         held_out = [place < test_share or place == least[label] for place, label in zip(places, labels)]
         test_files, test_labels = (list(itertools.compress(of_all, held_out)) for of_all in (files, labels))
         files, labels = ([each for each, held in zip(of_all, held_out) if not held] for of_all in (files, labels))

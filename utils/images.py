@@ -33,7 +33,8 @@ def list_images(folder):
         folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX" and
                       not above.startswith(os.path.join(os.path.realpath(os.path.join(place, name)), ""))]  # no loops
         classes = sorted(folders) if place == folder else classes
-        parents = os.path.relpath(place, folder).split(os.sep)
+        name, *_ = os.path.relpath(place, folder).split(os.sep)
+        label = classes.index(name) if place != folder and classes else -1
         for name in names:
             if name.startswith("."):
                 continue
@@ -42,7 +43,7 @@ def list_images(folder):
             elif classes and place == folder:
                 skipped["images outside the class folders"] += 1
             else:
-                found.append((name, os.path.join(place, name), classes.index(parents[0]) if classes else -1))
+                found.append((name, os.path.join(place, name), label))
     found.sort()
     files, labels = [file for _, file, _ in found], [label for *_, label in found]
     empty = [os.path.join(folder, classes[label]) for label in sorted(set(range(len(classes))) - set(labels))]

@@ -80,7 +80,8 @@ def inherit_data_options(args, path):
     with contextlib.suppress(OSError, ValueError):
         settings = read_config(os.path.dirname(path))["settings"]
         for name in ("image_size", "test_share"):
-            setattr(args, name, settings.get(name) if getattr(args, name) is None else getattr(args, name))
+            if getattr(args, name) is None:
+                setattr(args, name, settings.get(name))
 
 
 def find_run(parser, args, argv, name, may_change):
