@@ -7,11 +7,12 @@ On a CPU: CIFAR-10 at a quarter of the width (92 minutes on one core, kNN 62 %),
 
     python main.py --data_root data --width 16 --batch_size 128 --learning_rate 0.06 --epochs 24
     python main.py --dataset shapes --width 8 --batch_size 64 --learning_rate 0.03 --dim 512 --pred_dim 128 --epochs 8
+
+On several GPUs: torchrun --standalone --nproc_per_node 4 main.py --data_root DIR (docs/distributed.md).
 """
 import argparse
 import contextlib
 import math
-import os
 import shlex
 import shutil
 import sys
@@ -25,17 +26,18 @@ import simsiam
 from utils import log
 from utils.augment import SCALE, apply_two_views, draw_views, epoch_generator, view_sizes
 from utils.cli import (
-    Parser, Progress, Stopped, StopRequest, add_data_options, add_device_options, add_run_options, data_options,
-    fraction, info, real_number, run_script, say, warn, whole_number,
+    Parser, Progress, Stopped, StopRequest, add_data_options, add_device_options, add_run_options, data_options, fail,
+    fraction, info, processes, rank, real_number, run_script, say, warn, whole_number,
 )
 from utils.data import DATASETS, load_dataset
 from utils.device import (
-    autocast, compile_for, describe, describe_precision, memory_layout, select_device, select_precision,
+    Agreement, autocast, average, average_gradients, compile_for, describe, describe_precision, in_turns, joined,
+    memory_layout, on_first, require_same, select_device, select_precision, set_determinism, share_buffers,
 )
 from utils.knn import monitor
 from utils.plot import plot_views
 from utils.report import REPORT, draw_run, evaluation_command
-from utils.run import BACKBONE, CHECKPOINT, FORMAT, UNTRAINED, Run, find_run, machine, restore, start_run
+from utils.run import BACKBONE, CHECKPOINT, UNTRAINED, Run, find_run, new_epoch, restore, run_files, start_run
 
 DISTANCES = {"cosine": simsiam.negative_cosine, "cross_entropy": simsiam.cross_entropy}
 LOSSES = dict(symmetric=simsiam.simsiam_loss, asymmetric=simsiam.asymmetric_loss, asymmetric_2x=simsiam.asymmetric_loss)
@@ -76,6 +78,7 @@ def make_parser():
     study.add_argument("--crop_scale", type=fraction, default=SCALE[0], metavar="MIN", help="smallest area of a crop")
     device = add_device_options(parser, compiled=True)
     device.add_argument("--deterministic", action="store_true", help="bit-reproducible on CUDA too, slower")
+    device.add_argument("--sync_bn", action=argparse.BooleanOptionalAction, default=True, help="with torchrun, on GPUs")
     run = add_run_options(parser)
     run.add_argument("--eval_freq", type=whole_number(1), default=10, metavar="N", help="epochs between kNN monitors")
     run.add_argument("--save_freq", type=whole_number(1), default=10, metavar="N", help="epochs between checkpoints")
@@ -90,6 +93,8 @@ def build(args, device):
         simsiam.ARCHS[args.arch](args.width), args.dim, args.pred_dim, args.num_proj_layers, args.head_bn,
         args.predictor, args.stop_gradient,
     ).to(device, memory_format=memory_layout(device, args.width, args.batch_size))
+    if processes > 1 and args.bn_batch == args.batch_size:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     groups = [model.parameters()]
     if args.fix_pred_lr:
         groups = [(*model.backbone.parameters(), *model.projector.parameters()), model.predictor.parameters()]
@@ -119,29 +124,32 @@ def make_forward(args, model, device, steps):
             loss, std = (loss + loss2) / 2, (std + std2) / 2
         return loss, std
 
-    return compile_for(device, forward, args.compile, steps)
+    return average_gradients(model, compile_for(device, forward, args.compile, steps, model))
 
 
-def pretrain(args, device, data, model, optimizer, scaler, run, state, stop, begin):
+def pretrain(args, device, data, parts, run, state, stop, begin):
     """Train from `state` to the last epoch, or until a stop is requested. Returns the exit code."""
-    batch, steps = args.batch_size, len(data.train_images) // args.batch_size  # the last partial batch is dropped
-    forward = make_forward(args, model, device, args.epochs * steps)
+    steps = len(data.train_images) // args.batch_size             # the last partial batch is dropped
+    batch, share = args.batch_size, args.batch_size // processes  # images of a step, and of this process in it
+    model, optimizer, scaler = parts.values()
+    forward, agreement = make_forward(args, model, device, args.epochs * steps), Agreement(stop)
     with Progress(args.epochs, state["epoch"] + state["step"] / steps) as progress:
         for epoch in range(state["epoch"], args.epochs):
             rate = cosine(args.learning_rate, epoch, args.epochs, args.warmup_epochs)
             optimizer.param_groups[0]["lr"] = rate  # the second group of --fix_pred_lr keeps its rate
             order, *draws = draw_epoch(args, epoch, data.train_images, device)
             size = view_sizes(args.view_size, args.epochs, args.image_size)[epoch]
-            done, metrics = state["step"], torch.zeros(steps, 2, device=device)     # loss and std of each step
+            first = done = state["step"]
+            metrics = torch.zeros(steps, 2, device=device)                          # loss and std of each step
             metrics[:done] = state["metrics"]
             start = time.perf_counter() - state["seconds"]
             model.train()
 
             # ---- the training step
-            for step in range(done, steps):
-                if stop.requested:
+            for step in range(first, steps):
+                if agreement.reached():
                     break
-                rows = slice(step * batch, (step + 1) * batch)
+                rows = slice(step * batch + rank * share, step * batch + (rank + 1) * share)
                 images = data.train_images[order[rows]].to(device, non_blocking=True)
                 loss, std = forward(images, size, *(view.rows(rows) for view in draws))
                 optimizer.zero_grad(set_to_none=True)
@@ -152,55 +160,55 @@ def pretrain(args, device, data, model, optimizer, scaler, run, state, stop, beg
                 done = step + 1
                 progress.advance(epoch + done / steps)
 
-            # ---- once an epoch
+            # ---- once an epoch, by the first process
             state = {"epoch": epoch, "step": done, "metrics": metrics[:done].cpu(),  # the one synchronization
                      "seconds": time.perf_counter() - start}
-            bad = (~state["metrics"][:, 0].isfinite()).nonzero().flatten().tolist()
-            if bad:
-                return diverged(args, run, f"epoch {epoch + 1}, step {bad[0] + 1} of {steps}: the loss is not finite")
-            evaluate = (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs
-            if done == steps:
-                state = finish_epoch(args, device, data, model, scaler, run, state, rate, evaluate, stop, begin)
-                figures = log.figures(run.records)
-                progress.advance(state["epoch"] + state["step"] / steps, figures, keep=evaluate and not state["step"])
-            stopping, finished = stop.requested, state["epoch"] == args.epochs
-            due = state["step"] == 0 and state["epoch"] % args.save_freq == 0
-            if stopping or finished or due and time.monotonic() - run.saved_time >= SAVE_SECONDS:
-                if not all(value.isfinite().all() for value in model.state_dict().values()):
-                    return diverged(args, run, f"epoch {epoch + 1}, step {done} of {steps}: a weight is not finite")
-                state["time"] = time.monotonic() - begin
-                run.attempt(run.write, run_files(args, device, state, model, optimizer, scaler), state["epoch"])
-            if stopping or evaluate:
-                run.draw(draw_run)
-            if run.unsaved and (stopping or finished):
-                return run.fail(f"{run.unsaved}; everything after epoch {run.saved_epoch} is lost")
-            if stopping and not finished:
-                say(f"Interrupted in epoch {epoch + 1}. Resume with: "
-                    f"python main.py --resume {shlex.quote(run.path(CHECKPOINT))}")
-                return stop.exit_code
+            average(state["metrics"][first:])                                       # over the processes
+            share_buffers(model)
+            state, code = on_first(end_epoch, args, device, data, parts, run, state, rate, stop, begin, progress)
+            if code is not None:
+                return code
     return 0
 
 
-def finish_epoch(args, device, data, model, scaler, run, state, rate, evaluate, stop, begin):
-    """Log an epoch whose steps are done, with kNN if it is to be evaluated. Returns the state of the next one, or the
-    same state if a stop was requested during the kNN, which the resumed run repeats."""
-    try:
-        seen = monitor(model.backbone, data, autocast(device, args.precision), stop.check) if evaluate else {}
-    except Stopped:
-        return state
-    loss, std = state["metrics"].double().mean(dim=0).tolist()
-    views = (4 if args.symmetry == "asymmetric_2x" else 2) * len(state["metrics"]) * args.batch_size
-    record = {"epoch": state["epoch"] + 1, "loss": loss, "std": std, "lr": rate, "seconds": round(state["seconds"], 3),
-              "views_per_s": round(views / state["seconds"], 1), "time": round(time.monotonic() - begin, 3)}
-    if scaler.is_enabled():
-        record["loss_scale"] = scaler.get_scale()
-    run.log(record | seen)
-    warning = log.collapse_warning(run.records, args.batch_size, args.head_bn)
-    if warning:
-        expected = not args.stop_gradient or args.predictor == "none"
-        warn(warning + (". Without stop-gradient or predictor this is expected (Sec. 4)" if expected else
-                        f". Lower --learning_rate ({args.learning_rate:g}) or raise --batch_size ({args.batch_size})"))
-    return new_epoch(state["epoch"] + 1)
+def end_epoch(args, device, data, parts, run, state, rate, stop, begin, progress):
+    """After the last step of an epoch, or a stop: kNN, the log's line, checkpoint, figures. Returns the state to go on
+    from, the same one if a stop interrupts the kNN, and the exit code if the run ends here, else None."""
+    model, _, scaler = parts.values()
+    epoch, steps, seen = state["epoch"] + 1, len(data.train_images) // args.batch_size, None
+    bad = (~state["metrics"][:, 0].isfinite()).nonzero().flatten().tolist()
+    if bad or not all(value.isfinite().all() for value in model.state_dict().values()):
+        what = f"step {bad[0] + 1} of {steps}: the loss" if bad else f"step {state['step']} of {steps}: a weight"
+        return state, fail("main.py", f"epoch {epoch}, {what} is not finite; the checkpoint of epoch {run.saved_epoch} "
+                           f"is kept; start a new run with a lower --learning_rate ({args.learning_rate:g})")
+    evaluate = epoch % args.eval_freq == 0 or epoch == args.epochs
+    if state["step"] == steps:
+        with contextlib.suppress(Stopped):
+            seen = monitor(model.backbone, data, autocast(device, args.precision), stop.check) if evaluate else {}
+    if seen is not None:
+        loss, std = state["metrics"].double().mean(dim=0).tolist()
+        views = (4 if args.symmetry == "asymmetric_2x" else 2) * steps * args.batch_size
+        record = {"epoch": epoch, "loss": loss, "std": std, "lr": rate, "seconds": round(state["seconds"], 3),
+                  "views_per_s": round(views / state["seconds"], 1), "time": round(time.monotonic() - begin, 3)}
+        run.log(record | ({"loss_scale": scaler.get_scale()} if scaler.is_enabled() else {}) | seen)
+        if warning := log.collapse_warning(run.records, args.bn_batch, args.head_bn):
+            warn(warning)
+        progress.advance(epoch, log.figures(run.records), keep=evaluate)
+        state = new_epoch(epoch)
+    stopping, finished = stop.requested, state["epoch"] == args.epochs
+    due = state["step"] == 0 and state["epoch"] % args.save_freq == 0
+    if stopping or finished or due and time.monotonic() - run.saved_time >= SAVE_SECONDS:
+        state["time"] = time.monotonic() - begin
+        run.attempt(run.write, run_files(vars(args), device, state, **parts), state["epoch"])
+    if stopping or evaluate:
+        run.draw(draw_run)
+    if run.unsaved and (stopping or finished):
+        return state, fail("main.py", f"{run.unsaved}; everything after epoch {run.saved_epoch} is lost")
+    if stopping and not finished:
+        command = "python main.py" if processes == 1 else "torchrun ... main.py"
+        say(f"Interrupted in epoch {epoch}. Resume with: {command} --resume {shlex.quote(run.path(CHECKPOINT))}")
+        return state, stop.exit_code
+    return state, None
 
 
 def cosine(rate, epoch, epochs, warmup=0):
@@ -221,28 +229,10 @@ def draw_epoch(args, epoch, images, device):
     return order, *draws
 
 
-def new_epoch(epoch):
-    """The state of a run before the first step of an epoch, counted from 0."""
-    return {"epoch": epoch, "step": 0, "metrics": torch.zeros(0, 2), "seconds": 0.0}
-
-
-def run_files(args, device, state, model, optimizer, scaler):
-    """backbone.pt, which evaluation needs, and checkpoint.pt, which a resumed run needs."""
-    backbone = {name: value.cpu().contiguous() for name, value in model.backbone.state_dict().items()}
-    parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-    about = {"format": FORMAT, "config": vars(args), "machine": machine(device)}
-    return {BACKBONE: backbone, CHECKPOINT: {**state, **about, **parts}}
-
-
-def diverged(args, run, what):
-    return run.fail(f"{what}; {run.path(CHECKPOINT)} of epoch {run.saved_epoch} is kept; start a new run with a lower "
-                    f"--learning_rate ({args.learning_rate:g})")
-
-
-def set_up(parser, args, argv):
-    """Everything that can fail because of the user's input: settings, device, data, model, folder, state."""
-    args, folder, state = find_run(parser, args, argv, CHECKPOINT, MAY_CHANGE)
+def prepare(args):
+    """What each process has for itself: device, data, model and optimizer, by the settings, which it completes."""
     device = select_device(args.gpu)
+    set_determinism(args.deterministic)
     args.precision = select_precision(args.precision, device)
     if args.predictor != "learned" and args.fix_pred_lr:
         raise ValueError(f"--fix_pred_lr: with --predictor {args.predictor} no predictor is trained")
@@ -255,28 +245,55 @@ def set_up(parser, args, argv):
     args.view_size = str(args.image_size) if args.view_size is None else args.view_size
     view_sizes(args.view_size, args.epochs, args.image_size)  # raises for a bad schedule
     args.data = data.digest()
-    if state is not None and state["config"]["data"] != args.data:
-        raise ValueError(f"--data_root {args.data_root}: not the training images of the run to resume")
     if args.batch_size > len(data.train_images):
         raise ValueError(f"--batch_size {args.batch_size}: there are {len(data.train_images)} training images")
-    torch.backends.cudnn.benchmark = not args.deterministic
-    torch.use_deterministic_algorithms(args.deterministic)
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    parts = build(args, device)
+    if args.batch_size % processes or args.batch_size < 2 * processes:
+        raise ValueError(f"--batch_size {args.batch_size}: not a multiple of {processes} processes, each of 2 or more")
+    synchronized = args.sync_bn and device.type == "cuda"  # PyTorch has no synchronized batch norm for CPUs
+    args.bn_batch = args.batch_size if processes == 1 or synchronized else args.batch_size // processes
+    return device, data, build(args, device)
+
+
+def set_up(parser, args, argv):
+    """Everything that can fail because of the user's input: settings, device, data, model, folder, state. The run's
+    folder belongs to the first process: in the others, run is None."""
+    args, folder, state = on_first(find_run, parser, args, argv, CHECKPOINT, MAY_CHANGE)
+    device, data, parts = in_turns(prepare, args)
+    if state is not None and state["config"]["data"] != args.data:
+        raise ValueError(f"--data_root {args.data_root}: not the training images of the run to resume")
+    if processes > 1:
+        order, *_ = draw_epoch(args, state["epoch"] if state else 0, data.train_images, device)
+        require_same("other training images", args.data)
+        require_same("another order of the images (another kind of GPU?)", order.tolist())
     if state is None:
         state = new_epoch(0) | {"time": 0.0}
-        run = start_run(["main.py", *argv], folder, args, device, run_files(args, device, state, **parts))
+        files = run_files(vars(args), device, state, **parts)
+        run = on_first(start_run, ["main.py", *argv], folder, args, device, files, share=False)
     else:
         restore(state, device, model=partial(simsiam.load_tensors, parts["model"]),
                 optimizer=parts["optimizer"].load_state_dict,
                 scaler=lambda saved: saved and parts["scaler"].load_state_dict(saved))  # empty unless fp16
-        run = Run("main.py", folder, state["epoch"], args.tensorboard)
+        run = on_first(Run, folder, state["epoch"], args.tensorboard, share=False)
     return args, device, data, parts, run, state
 
 
-def start(args, device, data, model, run, stop):
-    """Before the first step: views.png, and with --untrained the initial weights and their kNN accuracy."""
+def start(args, device, data, model, run, state, stop):
+    """Say what is trained. Of a new run, draw views.png, and with --untrained log kNN with the initial weights."""
+    if state["epoch"] == args.epochs:
+        return info(f"{run.folder}: already finished, epoch {args.epochs} of {args.epochs}")
+    info(f"{run.folder}: {args.arch}, width {args.width}, {args.dataset}, {len(data.train_images)} images of "
+         f"{args.image_size} pixels, {describe(device)}, {describe_precision(args.precision, device)}")
+    if device.type == "cpu" and args.width > 16:
+        info("No GPU in use. Two CPU cores train 50 to 190 views/s at width 64, 600 to 1,280 with --width 16.")
+    if args.bn_batch < args.batch_size:
+        info(f"Batch norm: statistics of the {args.bn_batch} images of each process, not synchronized.")
+    if not data.has_classes:
+        info("No labels of several classes: no kNN; effective_rank is logged instead (docs/data.md).")
+    if args.image_size > 128:
+        info(f"The stem for small images keeps {args.image_size} pixels: {(args.image_size / 32)**2:.0f} times the "
+             "arithmetic of 32.")
+    if state["epoch"] or state["step"]:
+        return
     order, *draws = draw_epoch(args, 0, data.train_images, device)
     images, pair = data.train_images[order[:8]].to(device), [view.rows(slice(8)) for view in draws[:2]]
     run.draw(plot_views, images, *apply_two_views(images, *pair, args.image_size), *pair)
@@ -290,34 +307,24 @@ def main(argv=None):
     begin, argv = time.monotonic(), sys.argv[1:] if argv is None else argv
     parser = make_parser()
     args = parser.parse_args(argv)
-    with parser.user_errors():
-        args, device, data, parts, run, state = set_up(parser, args, argv)
-    if state["epoch"] >= args.epochs:
-        say(f"{run.folder}: already finished, epoch {state['epoch']} of {args.epochs}")
-        return 0
-    try:
-        with contextlib.closing(run), StopRequest(args.max_minutes, begin) as stop:
-            info(f"{run.folder}: {args.arch}, width {args.width}, {args.dataset}, {len(data.train_images)} images of "
-                 f"{args.image_size} pixels, {describe(device)}, {describe_precision(args.precision, device)}")
-            if device.type == "cpu" and args.width > 16:
-                info("No GPU in use. Two CPU cores train 50 to 190 views/s at width 64, 600 to 1,280 with --width 16.")
-            if not data.has_classes:
-                info("No labels of several classes: no kNN; effective_rank is logged instead (docs/data.md).")
-            if args.image_size > 128:
-                info(f"The stem for small images keeps {args.image_size} pixels: {(args.image_size / 32)**2:.0f} times "
-                     "the arithmetic of 32.")
-            if state["epoch"] == state["step"] == 0:
-                start(args, device, data, parts["model"], run, stop)
-            code = pretrain(args, device, data, **parts, run=run, state=state, stop=stop, begin=begin - state["time"])
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        return run.fail(f"out of memory ({str(error).split('. ')[0]}); lower --batch_size or --width")
-    if code == 0 and run.saved_epoch == args.epochs:
-        say(f"{run.folder}: {log.figures(run.records)}")
-        info(f"Figures: {run.path(REPORT)}")
-        if data.has_classes:
-            info(f"Next: {evaluation_command(vars(args), run.folder, device.type == 'cpu')}")
-    return code
+    with joined(), contextlib.ExitStack() as stack:
+        with parser.user_errors():
+            args, device, data, parts, run, state = set_up(parser, args, argv)
+        if run:
+            stack.enter_context(contextlib.closing(run))
+        stop = stack.enter_context(StopRequest(args.max_minutes, begin))
+        try:
+            on_first(start, args, device, data, parts["model"], run, state, stop)
+            code = pretrain(args, device, data, parts, run, state, stop, begin - state["time"])
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            return fail("main.py", f"out of memory ({str(error).split('. ')[0]}); lower --batch_size or --width")
+        if code == 0 and run and run.saved_epoch == args.epochs:
+            say(f"{run.folder}: {log.figures(run.records)}")
+            info(f"Figures: {run.path(REPORT)}")
+            if data.has_classes:
+                info(f"Next: {evaluation_command(vars(args), run.folder, device.type == 'cpu')}")
+        return code
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, torchrun=True)

@@ -26,7 +26,7 @@ from utils import checkpoint
 from utils.augment import MEAN, STD, crop_flip, draw_views, epoch_generator, normalize
 from utils.cli import (
     Parser, Progress, Stopped, StopRequest, add_data_options, add_device_options, add_normalization, add_run_options,
-    bar, data_options, file_path, fraction, info, real_number, run_script, say, warn, whole_number,
+    bar, data_options, fail, file_path, fraction, info, real_number, run_script, say, warn, whole_number,
 )
 from utils.data import DATASETS, balanced_subset, load_dataset
 from utils.device import autocast, compile_for, describe, select_device, select_precision
@@ -181,7 +181,7 @@ def evaluate(args, device, data, backbone, classifier, optimizer, run, state, st
         return stop.exit_code
     finite = [math.isfinite(record["train_loss"]) for record in run.records]
     if not all(finite + [bool(value.isfinite().all()) for value in classifier.state_dict().values()]):
-        return run.fail("the loss or the weights are not finite; lower --lr")
+        return fail("main_lincls.py", "the loss or the weights are not finite; lower --lr")
     moved = [name for name, value in backbone.state_dict().items() if not torch.equal(value, frozen[name])]
     if moved:
         raise AssertionError(f"the frozen backbone moved: {', '.join(moved)}")
@@ -212,7 +212,7 @@ def report(args, data, classifier, record, confusion, run):
     if run.unsaved is None:
         run.attempt(checkpoint.write_json, run.path(RESULTS), results)  # now the evaluation is finished
     run.draw(draw_run)
-    return run.fail(run.unsaved) if run.unsaved else 0
+    return fail("main_lincls.py", run.unsaved) if run.unsaved else 0
 
 
 def make_classifier(args, backbone, device):
@@ -271,7 +271,7 @@ def set_up(parser, args, argv):
         run = start_run(["main_lincls.py", *argv], folder, args, device, files)
     else:
         restore(state, device, classifier=classifier.load_state_dict, optimizer=optimizer.load_state_dict)
-        run = Run("main_lincls.py", folder, state["epoch"], args.tensorboard)
+        run = Run(folder, state["epoch"], args.tensorboard)
     backbone.to(device, memory_format=torch.channels_last)
     return args, device, data, backbone, classifier, optimizer, run, state
 
@@ -291,7 +291,7 @@ def main(argv=None):
                  f"{describe(device)}, {args.precision}")
             return evaluate(args, device, data, *parts, run, state, stop)
     except (MemoryError, torch.OutOfMemoryError) as error:
-        return run.fail(f"out of memory ({str(error).split('. ')[0]}); lower --batch_size")
+        return fail("main_lincls.py", f"out of memory ({str(error).split('. ')[0]}); lower --batch_size")
 
 
 if __name__ == "__main__":

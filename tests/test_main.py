@@ -268,7 +268,7 @@ def test_bad_schedules_are_refused(refused, schedule):
 
 def test_a_run_has_one_process_at_a_time(run_main, refused, no_gpu):
     assert run_main("--epochs", 1, "--trial", "run", "--max_minutes", 0) == 0
-    run = Run("test", "experiments/run", 0)
+    run = Run("experiments/run", 0)
     refused(pretraining.main, ["--resume", "auto"], "experiments/run: another process")
     run.lock.close()
     assert run_main("--resume", "auto") == 0
@@ -340,9 +340,7 @@ def test_a_collapse_is_warned_of_with_its_cause(run_main, monkeypatch, capsys):
     monkeypatch.setattr(simsiam, "feature_std", lambda z: 0.01 * z.std())
     run_main("--epochs", 4)
     error = capsys.readouterr().err
-    assert error.count("collapsed") == 1 and "epoch 3: std 0.0" in error and "--learning_rate (0.00375)" in error
-    run_main("--epochs", 3, "--no-stop_gradient")
-    assert "Without stop-gradient" in capsys.readouterr().err
+    assert error.count("collapsed") == 1 and "epoch 3: std 0.0" in error and "lower --learning_rate" in error
 
 
 # ---------------------------------------------------------------------------------------------------

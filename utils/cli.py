@@ -18,6 +18,9 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
                 if hasattr(signal, name)]  # Windows lacks some; SIGBREAK is its own
 RANKS = {"WORLD_SIZE": "RANK", "SLURM_STEP_NUM_TASKS": "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
          "PMI_SIZE": "PMI_RANK"}  # launchers' variables: number of processes, and which one this is
+TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+rank, processes = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")] if TORCHRUN else (0, 1)
+USER_ERRORS = (ValueError, OSError, MemoryError, RuntimeError)  # what bad input raises while a script sets up
 DATA_OPTIONS = ("train_size", "test_size", "image_size", "test_share", "skip_broken", "cache_dir")
 quiet = False      # --quiet: `info` and the bars show nothing
 
@@ -39,7 +42,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         global quiet
         args, unknown = self.parse_known_args(args, namespace)
-        quiet = getattr(args, "quiet", False)
+        quiet = getattr(args, "quiet", False) or rank > 0
         if unknown:
             typed = next((word for word in unknown if word.startswith("-")), "").split("=")[0]
             hint = nearest(typed, [option for option in self._option_string_actions if option.startswith("--")])
@@ -54,6 +57,8 @@ class Parser(argparse.ArgumentParser):
             raise
 
     def error(self, message):
+        if rank:
+            wait_to_exit()
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
     @contextlib.contextmanager
@@ -61,7 +66,7 @@ class Parser(argparse.ArgumentParser):
         """Report errors inside the block, whose cause is the user's input, as the one line."""
         try:
             yield
-        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        except USER_ERRORS as error:
             named = isinstance(error, OSError) and error.filename is not None
             self.error(f"{error.filename!r}: {error.strerror}" if named else str(error))
 
@@ -154,16 +159,22 @@ def add_run_options(parser):
     return group
 
 
-def run_script(main):
+def wait_to_exit():
+    """Exit after another process has said why: the first one to exit ends the others."""
+    time.sleep(5)
+    sys.exit(2)
+
+
+def run_script(main, torchrun=False):
     """Call a script's main and exit with its code; without a traceback on Ctrl-C. Of several processes that a launcher
-    started, none runs, and one says so."""
-    for size, rank in RANKS.items():
+    started, unless it is torchrun and the script is made for it, none runs, and one says so."""
+    for size, index in RANKS.items() if not (torchrun and TORCHRUN) else ():
         if os.environ.get(size, "1") not in ("", "0", "1"):
-            if os.environ.get(rank, "0") != "0":
-                time.sleep(5)  # the first process to exit ends the others: let it be the one that speaks
-                sys.exit(2)
+            if os.environ.get(index, "0") != "0":
+                wait_to_exit()
             Parser(prog=os.path.basename(sys.argv[0])).error(
-                f"started {os.environ[size]} times ({size}), but runs on one device: start it without the launcher")
+                f"started {os.environ[size]} times ({size}), but runs on one device: start it " +
+                ("with torchrun" if torchrun else "without the launcher"))
     try:
         sys.exit(main())
     except KeyboardInterrupt:
@@ -197,7 +208,14 @@ def info(text):
 
 
 def warn(text):
-    say(f"warning: {text}", sys.stderr)
+    if rank == 0:
+        say(f"warning: {text}", sys.stderr)
+
+
+def fail(script, text):
+    """Print an error; returns the exit code of a run without a result."""
+    say(f"{script}: error: {text}", sys.stderr)
+    return 1
 
 
 def bar(*args, **options):

@@ -1,32 +1,48 @@
-"""Device, precision, memory format, and what a CPU run asks of the C library."""
+"""Where a run computes: device, precision, memory format, torchrun's processes, the C library's memory."""
+import contextlib
 import ctypes
+import datetime
 import functools
 import os
 import sys
 
 import torch
+from torch import distributed
 
-from utils.cli import warn
+from utils.cli import USER_ERRORS, fail, processes, rank, warn
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 COMPILE_STEPS = 5000  # a run of fewer does not earn back the minute or two of compilation (an estimate)
 CPU_QUOTA = "/sys/fs/cgroup/cpu.max"
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # as in malloc.h
+PATIENCE = datetime.timedelta(hours=2)  # of processes that wait for another; torchrun ends them if that one dies
 
 
 def select_device(gpu):
     """The CUDA GPU with index `gpu`, made the current device; for None the first GPU, else the CPU, prepared by
-    `prepare_cpu`. Raises ValueError if there is no such GPU."""
+    `prepare_cpu`. Of several processes each takes the GPU of its LOCAL_RANK. Raises ValueError if there is none."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if processes > 1:
+        if gpu is not None:
+            raise ValueError("--gpu: torchrun gives each process a GPU of its own")
+        gpu = int(os.environ["LOCAL_RANK"]) if count else None
     if gpu is None and not count:
         prepare_cpu()
         return torch.device("cpu")
     if not 0 <= (gpu or 0) < count:
         seen = f"CUDA sees GPUs 0 to {count - 1}" if count else "CUDA sees no GPU here; omit --gpu to use the CPU"
-        raise ValueError(f"--gpu {gpu}: {seen}")
+        raise ValueError(f"{'LOCAL_RANK' if processes > 1 else '--gpu'} {gpu}: {seen}")
     device = torch.device("cuda", gpu or 0)
     torch.cuda.set_device(device)  # else a context is created on GPU 0 too
     return device
+
+
+def set_determinism(deterministic):
+    """Make CUDA's results reproducible, or let it choose the fastest algorithms."""
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def select_precision(name, device):
@@ -65,10 +81,13 @@ def memory_layout(device, width, batch_size):
     return torch.contiguous_format if crashes else torch.channels_last
 
 
-def compile_for(device, function, choice, steps):
+def compile_for(device, function, choice, steps, model=None):
     """The function compiled by Inductor, or as it is. choice: True, False, or None for CUDA and at least COMPILE_STEPS
-    steps. Where a trial shows that nothing can be compiled, it stays as it is, with a warning."""
-    if not (choice or choice is None and device.type == "cuda" and steps >= COMPILE_STEPS):
+    steps, unless the model has synchronized batch norms, at each of which torch's graphs end (pytorch issue 161302).
+    Where a trial shows that nothing can be compiled, it stays as it is, with a warning."""
+    synchronized = any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules()) if model else False
+    by_default = device.type == "cuda" and steps >= COMPILE_STEPS and not synchronized
+    if not (by_default if choice is None else choice):
         return function
     torch.compiler.reset()  # torch limits the compilations of a function, also over the runs in one process
     try:
@@ -80,10 +99,11 @@ def compile_for(device, function, choice, steps):
 
 
 def describe(device):
-    """The device in words: the GPU's name, or the CPU with its number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    """The device in words: the GPU's name, or the CPU with its number of threads; the number of processes."""
+    threads = torch.get_num_threads()
+    name = (torch.cuda.get_device_name(device) if device.type == "cuda" else
+            f"CPU, {threads} thread{'s' * (threads > 1)}")
+    return name + f", {processes} processes" * (processes > 1)
 
 
 def prepare_cpu():
@@ -102,3 +122,127 @@ def prepare_cpu():
         if mallopt is not None:
             mallopt(M_MMAP_MAX, 0)
             mallopt(M_TRIM_THRESHOLD, -1)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Several processes, started by torchrun. With one, each of these functions does nothing, or calls another.
+
+
+@contextlib.contextmanager
+def joined():
+    """In the context the processes are a group: gloo exchanges what is on the host, NCCL what is on GPUs. Exits with 1
+    for a RuntimeError."""
+    if processes == 1:
+        yield
+        return
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    try:
+        yield
+        distributed.destroy_process_group()
+    except RuntimeError as error:  # most often another process has died, and with it the connection
+        sys.exit(fail(os.path.basename(sys.argv[0]), f"process {rank} of {processes}: {str(error).splitlines()[0]}"))
+
+
+def gather(value):
+    """The values of all processes, a list by rank."""
+    values = processes * [value]
+    if processes > 1:
+        distributed.all_gather_object(values, value)
+    return values
+
+
+def on_first(function, *args, share=True):
+    """function(*args) of the first process, for which the others wait. Its result is that of all, unless share=False:
+    then the others get None. Its USER_ERRORS are raised in all."""
+    if processes == 1:
+        return function(*args)
+    result = failure = None
+    if rank == 0:
+        try:
+            result = function(*args)
+        except USER_ERRORS as error:
+            failure = error
+    sent = [result if share else None, failure]
+    distributed.broadcast_object_list(sent)
+    if failure or sent[1]:
+        raise failure or sent[1]
+    return sent[0] if share else result
+
+
+def in_turns(function, *args):
+    """function(*args) of every process: first of rank 0, then of one process on each node, then of the others, which
+    find what these have downloaded or cached. USER_ERRORS of any are raised in all."""
+    if processes == 1:
+        return function(*args)
+    turn, result = 0 if rank == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2, None
+    for now in range(3):
+        failure = None
+        if now == turn:
+            try:
+                result = function(*args)
+            except USER_ERRORS as error:
+                failure = f"process {rank}: " * (rank > 0) + str(error)
+        for failure in filter(None, gather(failure)):
+            raise ValueError(failure)
+    return result
+
+
+def require_same(what, value):
+    """Raise ValueError, in all processes, unless the value is the same in all."""
+    for other, theirs in enumerate(values := gather(value)):
+        if theirs != values[0]:
+            raise ValueError(f"process {other} has {what} than process 0")
+
+
+def average(values):
+    """Replace a tensor on the CPU by its mean over the processes."""
+    if processes > 1:
+        distributed.all_reduce(values)
+        values /= processes
+
+
+class Step(torch.nn.Module):
+    """A model and a function that computes with it, as one module, which DistributedDataParallel requires."""
+
+    def __init__(self, model, function):
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, *args):
+        return self.function(*args)
+
+
+def average_gradients(model, function):
+    """The function, which computes with the model, as one whose backward pass gives the mean gradients over all
+    processes. The parameters become those of the first one."""
+    if processes == 1:
+        return function
+    step = torch.nn.parallel.DistributedDataParallel(Step(model, function))
+    step.broadcast_buffers = False  # in each step; share_buffers does it when they are used
+    return step
+
+
+def share_buffers(model):
+    """Give all processes the buffers of the first one, the running statistics of its batches."""
+    for buffer in model.buffers() if processes > 1 else ():
+        distributed.broadcast(buffer, 0)
+
+
+class Agreement:
+    """Makes a StopRequest of one process that of all, in the same step of each: one step late, so that none waits."""
+
+    def __init__(self, stop):
+        self.stop, self.sent, self.code = stop, None, None
+
+    def reached(self):
+        """Whether to stop; to be called in each step by every process."""
+        if processes == 1:
+            return self.stop.requested
+        if self.sent is not None:
+            self.sent.wait()
+            if self.code:  # 1 + exit code
+                self.stop.signaled, self.stop.exit_code = True, self.code.item() - 1
+                return True
+        self.code = torch.tensor([self.stop.requested * (1 + self.stop.exit_code)])
+        self.sent = distributed.all_reduce(self.code, distributed.ReduceOp.MAX, async_op=True)
+        return False

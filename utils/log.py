@@ -117,4 +117,5 @@ def collapse_warning(records, batch_size, head_bn):
     if len(low) < COLLAPSE_EPOCHS or not all(low[-COLLAPSE_EPOCHS:]) or any(low[:-COLLAPSE_EPOCHS][-1:]):
         return None
     return (f"epoch {records[-1]['epoch']}: std {records[-1]['std']:.4f}, for {COLLAPSE_EPOCHS} epochs below "
-            f"{least:.2g} (healthy: about 1): the outputs have collapsed, whatever the loss")
+            f"{least:.2g} (healthy: about 1): the outputs have collapsed, whatever the loss. Without stop-gradient or "
+            "predictor this is expected (Sec. 4); else lower --learning_rate or raise --batch_size")

@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import time
 
 import numpy
@@ -15,7 +14,7 @@ import torch
 import torchvision
 
 from utils import checkpoint, log
-from utils.cli import info, say, warn
+from utils.cli import info, warn
 from utils.device import describe
 
 CONFIG, BACKBONE, CHECKPOINT, UNTRAINED = "config.json", "backbone.pt", "checkpoint.pt", "untrained.pt"
@@ -163,6 +162,19 @@ def restore(state, device, **loaders):
         warn(f"the checkpoint is of {state['machine']}, not {machine(device)}: the run continues, not bit for bit")
 
 
+def new_epoch(epoch):
+    """The state of a run before the first step of an epoch, counted from 0."""
+    return {"epoch": epoch, "step": 0, "metrics": torch.zeros(0, 2), "seconds": 0.0}
+
+
+def run_files(settings, device, state, model, optimizer, scaler):
+    """backbone.pt, which evaluation needs, and checkpoint.pt, which a resumed run of main.py needs."""
+    backbone = {name: value.cpu().contiguous() for name, value in model.backbone.state_dict().items()}
+    parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    about = {"format": FORMAT, "config": settings, "machine": machine(device)}
+    return {BACKBONE: backbone, CHECKPOINT: {**state, **about, **parts}}
+
+
 def machine(device):
     """What must be the same for a resumed run to be exact."""
     return {"device": describe(device), "torch": str(torch.__version__)}
@@ -175,8 +187,8 @@ class Run:
     None; saved_epoch, saved_time (of time.monotonic): of the newest checkpoint on the disk.
     """
 
-    def __init__(self, script, folder, epoch, tensorboard=False):
-        self.script, self.folder, self.lock = script, folder, lock(folder)
+    def __init__(self, folder, epoch, tensorboard=False):
+        self.folder, self.lock = folder, lock(folder)
         log.truncate(folder, epoch)
         self.records, self.pending = log.read(folder, empty=True), []
         self.unsaved, self.saved_epoch, self.saved_time = None, epoch, time.monotonic()
@@ -217,11 +229,6 @@ class Run:
             self.unsaved = str(error)
             warn(f"{error}; the run continues, the last checkpoint is of epoch {self.saved_epoch}")
 
-    def fail(self, message):
-        """Print an error. Returns the exit code of a run without a result."""
-        say(f"{self.script}: error: {message}", sys.stderr)
-        return 1
-
     def draw(self, draw, *args):
         """Call draw(folder, *args), which draws figures or a page. Missing figures do not end a run."""
         try:
@@ -235,7 +242,7 @@ def start_run(argv, folder, args, device, files):
     argv: script and words typed; args: its settings. Raises ValueError and OSError, and then leaves no new folder."""
     path = folder or new_folder(args.exp_dir, args.trial)
     try:
-        run = Run(argv[0], path, -1, args.tensorboard)
+        run = Run(path, -1, args.tensorboard)
         write_config(path, argv, vars(args), device)
         run.write(files, 0)
         return run
