@@ -79,6 +79,9 @@ def test_one_of_several_processes_says_that_there_is_one_device(monkeypatch, cap
     monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
     assert started().count("\n") == 1
     assert started(RANK="1", SLURM_PROCID="3", OMPI_COMM_WORLD_RANK="1", PMI_RANK="1") == ""
+    monkeypatch.setattr(cli, "TORCHRUN", True)  # one torchrun a node, started by srun
+    with pytest.raises(SystemExit, match="^3$"):
+        cli.run_script(lambda: 3, torchrun=True)
 
 
 def test_paths_are_expanded_in_every_option(tmp_path, monkeypatch):
@@ -169,14 +172,6 @@ def test_nothing_that_only_unix_has_is_needed(tmp_path):
     assert done.returncode == 0, done.stderr
     assert [record["epoch"] for record in log.read(str(tmp_path / "runs" / "1"))] == [1]
     assert {"results.json", "confusion.png"} <= {*os.listdir(tmp_path / "linear" / "1")}
-
-
-@pytest.mark.slow
-def test_torchrun_with_two_processes_starts_none(tmp_path):
-    words = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "main.py", *STARTS]
-    done = start(tmp_path, words)
-    lines = [line for line in done.stderr.decode().splitlines() if line.startswith("main.py: error:")]
-    assert done.returncode and len(lines) == 1 and "WORLD_SIZE" in lines[0] and not os.listdir(tmp_path)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import sys
 
 import torch
 from torch import distributed
+from torch.distributed.rendezvous import rendezvous
 
 from utils.cli import USER_ERRORS, fail, processes, rank, warn
 
@@ -131,16 +132,23 @@ def prepare_cpu():
 @contextlib.contextmanager
 def joined():
     """In the context the processes are a group: gloo exchanges what is on the host, NCCL what is on GPUs. Exits with 1
-    for a RuntimeError."""
+    where the connection breaks."""
     if processes == 1:
         yield
         return
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    store = next(rendezvous("env://", timeout=PATIENCE))[0]
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's restarts keep the last start's keys (pytorch issue 135712)
+        store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=PATIENCE)
         yield
         distributed.destroy_process_group()
-    except RuntimeError as error:  # most often another process has died, and with it the connection
-        sys.exit(fail(os.path.basename(sys.argv[0]), f"process {rank} of {processes}: {str(error).splitlines()[0]}"))
+    except RuntimeError as error:  # another process has died, and with it the connection
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
+            raise
+        sys.exit(fail(os.path.basename(sys.argv[0]), f"process {rank} of {processes} lost another one: "
+                      f"{str(error).splitlines()[0].split('. ')[0]}"))
 
 
 def gather(value):

@@ -1,0 +1,274 @@
+"""Several processes: torchrun with two of them on the CPU, against one process, and what ends them."""
+import contextlib
+import glob
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import main as pretraining
+from conftest import REPO
+from test_main import assert_same_run, log_of
+from utils import checkpoint, device
+from utils.augment import apply_two_views
+
+SMALL = ("--dataset shapes --train_size 640 --test_size 100 --width 4 --dim 32 --pred_dim 16 --batch_size 32 "
+         "--learning_rate 0.05 --precision fp32 --exp_dir experiments --trial").split()
+ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+linux = pytest.mark.skipif(not os.path.isdir("/proc"), reason="finds processes in /proc")
+
+
+def torchrun(*args, script="main.py", restarts=0):
+    """A started torchrun of two processes."""
+    script = os.path.join(REPO, script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.Popen([*command, "--max_restarts", str(restarts), script, *map(str, args)], env=ENVIRONMENT,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    """Exit code, output and errors, these without torchrun's own; nothing is left of the processes."""
+    begin = time.monotonic()
+    output, error = process.communicate(timeout=120)
+    assert not processes_of("experiments") and time.monotonic() - begin < 60
+    return process.returncode, output, [line for line in error.splitlines() if line.startswith(("main.py:", "warning:"))]
+
+
+def processes_of(folder, rank=None):
+    """Process ids of main.py with this --exp_dir in this directory, of one rank or all."""
+    found = []
+    for path in glob.glob("/proc/[0-9]*"):
+        with contextlib.suppress(OSError):
+            words, variables = (open(f"{path}/{name}", "rb").read().split(b"\0") for name in ("cmdline", "environ"))
+            ours = os.readlink(f"{path}/cwd") == os.getcwd() and folder.encode() in words
+            if ours and (f"RANK={rank}".encode() in variables or rank is None):
+                found.append(int(path.split("/")[2]))
+    return found
+
+
+def wait_for(lines, trial):
+    """Until the run's log has so many lines."""
+    limit = time.monotonic() + 120
+    while not (os.path.exists(path := f"experiments/{trial}/log.jsonl") and len(open(path).readlines()) >= lines):
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+def send(signal_number, rank):
+    os.kill(max(processes_of("experiments", rank)), signal_number)  # torchrun's child, not torchrun, has the variable
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def reference(dtype, monkeypatch, words):
+    """Ten steps written out: the halves of a batch with their own statistics, the mean of the gradients, SGD. The
+    running statistics are those of the first half."""
+    if dtype == torch.float64:
+        import in_float64
+        for module, name in ((pretraining, "apply_two_views"), (pretraining, "monitor"), (pretraining.simsiam, "SimSiam")):
+            monkeypatch.setattr(module, name, getattr(module, name))  # to be restored
+        monkeypatch.setitem(pretraining.DISTANCES, "cosine", None)
+        in_float64.patch()
+    args = pretraining.make_parser().parse_args(words)
+    _, data, parts = pretraining.prepare(args)
+    model = parts["model"].train()
+    order, *draws = pretraining.draw_epoch(args, 0, data.train_images, torch.device("cpu"))
+    for step in range(len(data.train_images) // args.batch_size):
+        parts["optimizer"].zero_grad()
+        before = {name: value.clone() for name, value in model.named_buffers()}
+        for half in (1, 0):
+            for name, value in model.named_buffers():
+                value.copy_(before[name])
+            first = step * args.batch_size + half * args.batch_size // 2
+            rows = slice(first, first + args.batch_size // 2)
+            x1, x2 = apply_two_views(data.train_images[order[rows]], *(each.rows(rows) for each in draws), 32)
+            p1, p2, z1, z2 = model(x1.to(dtype), x2.to(dtype))
+            loss = -(F.cosine_similarity(p1, z2).mean() + F.cosine_similarity(p2, z1).mean()) / 2
+            (loss / 2).backward()
+        parts["optimizer"].step()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("script, dtype, tolerance", [
+    pytest.param("main.py", torch.float32, 1e-5, marks=pytest.mark.slow),
+    ("tests/in_float64.py", torch.float64, 1e-10),
+])
+def test_two_processes_are_a_process_that_takes_the_mean_of_two_halves(here, monkeypatch, script, dtype, tolerance):
+    words = [*SMALL, "run", "--epochs", "1", "--train_size", "320"]
+    assert finish(torchrun(*words, script=script))[0] == 0
+    found, expected = checkpoint.load("experiments/run/checkpoint.pt")["model"], reference(dtype, monkeypatch, words)
+    assert found["backbone.conv1.weight"].dtype == dtype and found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=tolerance, atol=tolerance)
+
+
+@linux
+@pytest.mark.slow
+def test_a_run_that_is_stopped_and_killed_ends_with_the_same_bits(here):
+    """SIGTERM to one process stops both inside an epoch; torchrun starts again after SIGKILL of one; one log, one bar."""
+    options = "--epochs", 8, "--eval_freq", 3
+    code, output, error = finish(torchrun(*SMALL, "whole", *options))
+    assert code == 0 and not error and output.count("epoch 3/8") == 1 and os.listdir("experiments") == ["whole"]
+    assert "CPU, 1 thread, 2 processes" in output and "statistics of the 16 images of each process" in output
+
+    stopped = torchrun(*SMALL, "stopped", *options)
+    wait_for(2, "stopped")
+    send(signal.SIGTERM, rank=1)
+    code, output, error = finish(stopped)
+    assert code == 1 and output.count("Interrupted in epoch") == 1 and not error
+    state = checkpoint.load("experiments/stopped/checkpoint.pt")
+    assert state["epoch"] >= 2
+
+    killed = torchrun(*SMALL, "stopped", *options, "--resume", "auto", restarts=1)
+    wait_for(state["epoch"] + 1, "stopped")
+    send(signal.SIGKILL, rank=1)
+    code, output, error = finish(killed)
+    assert code == 0 and output.count("stopped: resnet18") == 2, (output, error)
+    assert_same_run(os.path.abspath("experiments/whole"), "stopped")
+
+
+@linux
+@pytest.mark.slow
+def test_torchrun_that_is_terminated_waits_for_the_checkpoint(here):
+    process = torchrun(*SMALL, "run", "--epochs", 1000, "--eval_freq", 1000)
+    wait_for(1, "run")
+    process.terminate()
+    code, output, error = finish(process)
+    assert code and "Interrupted in epoch" in output and not error
+    assert checkpoint.load("experiments/run/checkpoint.pt")["epoch"] >= 1
+
+
+@linux
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_other_and_leaves_a_good_checkpoint(here):
+    process = torchrun(*SMALL, "run", "--epochs", 1000, "--eval_freq", 1000)
+    wait_for(1, "run")
+    send(signal.SIGKILL, rank=1)
+    code, _, error = finish(process)
+    assert code and all("process 0 of 2 lost another one" in line for line in error)
+    assert checkpoint.load("experiments/run/checkpoint.pt")["epoch"] == 0
+    assert not glob.glob("experiments/run/*.partial")
+
+
+@linux
+@pytest.mark.slow
+def test_a_full_disk_of_the_first_process_ends_both_with_its_exit_code(here):
+    process = torchrun(*SMALL, "run", "--epochs", 3, "--eval_freq", 9)
+    wait_for(1, "run")
+    limit = os.path.getsize("experiments/run/log.jsonl") + 10
+    resource.prlimit(max(processes_of("experiments", 0)), resource.RLIMIT_FSIZE, (limit, limit))
+    code, _, error = finish(process)
+    assert code == 1 and error[-1].startswith("main.py: error:") and "is lost" in error[-1]
+    assert len([line for line in error if "error:" in line]) == 1
+    assert checkpoint.load("experiments/run/checkpoint.pt")["epoch"] == 0
+    assert not glob.glob("experiments/run/*.partial")
+
+
+@pytest.mark.slow
+def test_time_limits_and_divergence_end_both(here):
+    code, output, error = finish(torchrun(*SMALL, "run", "--epochs", 3, "--max_minutes", 0))
+    assert code == 0 and output.count("Interrupted in epoch 1") == 1 and not error
+    code, _, error = finish(torchrun(*SMALL, "diverged", "--epochs", 3, "--learning_rate", "1e30"))
+    assert code == 1 and len(error) == 1 and "is not finite; the checkpoint of epoch 0 is kept" in error[0]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_two_processes_is_resumed_by_one_and_the_other_way_round(here, no_gpu, capsys):
+    """With the same images and views in each step: the losses are close, though not the same bits."""
+    options = "--epochs", 2, "--eval_freq", 9, "--max_minutes"
+    finish(torchrun(*SMALL, "two-one", *options, 0))
+    pretraining.main([*SMALL, "one-two", *map(str, options), "0"])
+    pretraining.main([*SMALL, "one", "--epochs", "2", "--eval_freq", "9"])
+    capsys.readouterr()
+    assert pretraining.main([*SMALL, "two-one", "--resume", "auto"]) == 0
+    assert re.search("of .*2 processes.*not bit for bit", capsys.readouterr().err)
+    code, _, error = finish(torchrun(*SMALL, "one-two", "--resume", "auto"))
+    assert code == 0 and len(error) == 1 and "not bit for bit" in error[0]
+    losses = [[record["loss"] for record in log_of(trial)] for trial in ("one", "two-one", "one-two")]
+    assert all(other == pytest.approx(losses[0], abs=0.05) for other in losses[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("args, words", [
+    ("--batch_size 33", "multiple of 2"), ("--batch_sise 32", "did you mean --batch_size?"), ("--resume none", "none"),
+])
+def test_bad_input_is_one_line_of_one_process(here, args, words):
+    process = torchrun(*SMALL[:-1], *args.split())
+    lines = [line for line in process.communicate()[1].splitlines() if line.startswith("main.py")]
+    assert process.returncode and len(lines) == 1 and words in lines[0] and not os.listdir(".")
+
+
+# ---------------------------------------------------------------------------------------------------
+# In this process
+
+
+def test_processes_that_draw_other_images_do_not_train(monkeypatch):
+    monkeypatch.setattr(device, "gather", lambda value: [value, [3, 2, 1]])
+    with pytest.raises(ValueError, match="process 1 has another order of the images than process 0"):
+        device.require_same("another order of the images", [1, 2, 3])
+    monkeypatch.setattr(device, "gather", lambda value: [value, value])
+    device.require_same("another order of the images", [1, 2, 3])
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(device, "processes", 4)
+    for name, value in (("is_available", lambda: True), ("device_count", lambda: 2), ("set_device", lambda device: None)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    for local_rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert device.select_device(None) == torch.device("cuda", int(local_rank))
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="LOCAL_RANK 2: CUDA sees GPUs 0 to 1"):
+        device.select_device(None)
+    with pytest.raises(ValueError, match="--gpu"):
+        device.select_device(0)
+
+
+def test_synchronized_batch_norm_keeps_the_names(monkeypatch):
+    args = pretraining.make_parser().parse_args(SMALL[:-1])
+    args.bn_batch = args.batch_size
+    local = pretraining.build(args, torch.device("cpu"))["model"]
+    monkeypatch.setattr(pretraining, "processes", 2)
+    model = pretraining.build(args, torch.device("cpu"))["model"]
+    kinds = [type(module) for module in model.modules()]
+    assert kinds.count(torch.nn.SyncBatchNorm) == 23 and not {torch.nn.BatchNorm1d, torch.nn.BatchNorm2d} & {*kinds}
+    assert list(model.state_dict()) == list(local.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), local.state_dict().values()))
+    assert device.compile_for(torch.device("cuda"), len, None, device.COMPILE_STEPS, model) is len
+    args.bn_batch = args.batch_size // 2  # --no-sync_bn, or a CPU
+    kinds = [type(module) for module in pretraining.build(args, torch.device("cpu"))["model"].modules()]
+    assert torch.nn.SyncBatchNorm not in kinds
+
+
+def test_a_request_to_stop_reaches_all_one_step_later(monkeypatch):
+    """Three processes in turn, with an all_reduce that is finished when the last one has called it."""
+    calls = []
+
+    def all_reduce(code, operation, async_op):
+        assert async_op and operation == torch.distributed.ReduceOp.MAX
+        calls.append(code)
+        if len(calls) % 3 == 0:
+            for each in calls[-3:]:
+                each.fill_(max(each.item() for each in calls[-3:]))
+        return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr(device, "processes", 3)
+    monkeypatch.setattr(device.distributed, "all_reduce", all_reduce)
+    stops = [SimpleNamespace(requested=False, signaled=False, exit_code=0) for _ in range(3)]
+    agreements = [device.Agreement(stop) for stop in stops]
+    assert [each.reached() for each in agreements] == 3 * [False]
+    stops[1].requested, stops[1].exit_code = True, 143
+    assert [each.reached() for each in agreements] == 3 * [False]
+    assert [each.reached() for each in agreements] == 3 * [True]
+    assert [(stop.signaled, stop.exit_code) for stop in stops] == 3 * [(True, 143)]
