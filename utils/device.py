@@ -203,10 +203,11 @@ def require_same(what, value):
 
 
 def average(values):
-    """Replace a tensor on the CPU by its mean over the processes."""
+    """Replace a float32 tensor on the CPU by its mean over the processes."""
     if processes > 1:
-        distributed.all_reduce(values)
-        values /= processes
+        total = values.double()  # in which sums of float32 are exact, in any order
+        distributed.all_reduce(total)
+        values.copy_(total / processes)
 
 
 class Step(torch.nn.Module):
@@ -217,7 +218,7 @@ class Step(torch.nn.Module):
         self.model, self.function = model, function
 
     def forward(self, *args):
-        return self.function(*args)
+        return self.function(*args) if args else sum(each.square().sum() for each in self.model.parameters())
 
 
 def average_gradients(model, function):
@@ -227,6 +228,7 @@ def average_gradients(model, function):
         return function
     step = torch.nn.parallel.DistributedDataParallel(Step(model, function))
     step.broadcast_buffers = False  # in each step; share_buffers does it when they are used
+    step().backward()  # its order of gradients becomes that of the sums; by a real step, a resumed run's sums would differ
     return step
 
 
