@@ -5,7 +5,8 @@
         --batch_size 64 --learning_rate 0.03
 
 The second takes about two hours on one CPU core: with stop-gradient kNN ends at 30 %, without at 20 %. Options that are
-not listed here go to main.py. Finished runs are skipped, interrupted ones resumed.
+not listed here go to main.py. Finished runs are skipped, interrupted ones resumed. Of several GPUs that CUDA sees, each
+runs one variant at a time.
 """
 import contextlib
 import glob
@@ -16,6 +17,10 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
+
+import utils  # noqa: F401 (before torch)
+import torch
 
 from utils import checkpoint, log
 from utils.cli import Parser, file_path, handle_signals, info, real_number, run_script, say, warn, whole_number
@@ -69,44 +74,69 @@ def complete(options, args):
     return shared + [str(args.epochs // 10) if word == WARMUP else word for word in options]
 
 
-def run_main(options):
-    """Run main.py; signals are passed on, so that it can save its checkpoint. Returns its exit code."""
+def start_main(options):
+    """main.py as a process in a session of its own: Ctrl-C reaches it once, passed on."""
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "main.py")
-    process = subprocess.Popen([sys.executable, script, *options], start_new_session=True)  # Ctrl-C reaches it once
+    return subprocess.Popen([sys.executable, script, *options], start_new_session=True)
+
+
+@contextlib.contextmanager
+def passed_on(processes):
+    """Inside the context, signals go to the processes, so that they can save their checkpoints. Gives their numbers."""
+    numbers = []
 
     def pass_on(number, frame):
-        with contextlib.suppress(ValueError):  # Windows can send few signals, and Ctrl-C reaches both there
-            process.send_signal(number)
+        numbers.append(number)
+        for process in list(processes):
+            with contextlib.suppress(ValueError):  # Windows can send few signals, and Ctrl-C reaches all there
+                process.send_signal(number)
 
     usual = handle_signals(pass_on)
-    code = process.wait()
+    yield numbers
     for number in usual:
         signal.signal(number, usual[number])
-    return code if code >= 0 else 128 - code  # as in a shell
 
 
 def run_variants(args, variants, rest):
-    """Run all variants, seed by seed. Returns the exit code: 1 if a run failed, main.py's if it refused or stopped."""
-    failed = 0
-    for seed, (name, options) in itertools.product(range(args.seeds), variants.items()):
-        info(f"{name}-seed{seed}: {' '.join(options)}")
-        options = complete(options, args) + ["--untrained"] * (name == "default") + ["--seed", str(seed)]
-        code = run_main([*rest, *options, "--exp_dir", args.exp_dir, "--trial", f"{name}-seed{seed}",
-                         "--resume", "auto", "--quiet"])
-        if code > 1:  # refused or interrupted
-            return code
-        failed |= code
-        if not code and seed not in read_variant(args.exp_dir, name)[0]:
-            return 0  # stopped by --max_minutes
-    return failed
+    """Run all variants, seed by seed, one at a time on each GPU, or on that of --gpu. Returns the exit code: 1 if a run
+    failed, main.py's if it refused or stopped, after the runs beside it have ended."""
+    count = 1 if any(word.split("=")[0] == "--gpu" for word in rest) else torch.cuda.device_count()
+    free = [["--gpu", str(index)] for index in range(count)] if count > 1 else [[]]
+    waiting, running, result, stopped = [*itertools.product(range(args.seeds), variants)], {}, 0, False
+    with passed_on(running) as signals:
+        while running or waiting and not (stopped or signals):
+            while free and waiting and not (stopped or signals):
+                if any(not os.path.exists(os.path.join(run, "config.json")) for run, _ in running.values()):
+                    break  # it may be downloading the data
+                (seed, name), gpu = waiting.pop(0), free.pop(0)
+                trial = f"{name}-seed{seed}"
+                info(" ".join([f"{trial}:", *variants[name], *gpu]))
+                options = complete(variants[name], args) + ["--untrained"] * (name == "default")
+                process = start_main([*rest, *options, *gpu, "--seed", str(seed), "--exp_dir", args.exp_dir,
+                                      "--trial", trial, "--resume", "auto", "--quiet"])
+                running[process] = os.path.join(args.exp_dir, trial), gpu
+            time.sleep(0.1)
+            for process in [each for each in running if each.poll() is not None]:
+                run, gpu = running.pop(process)
+                free.append(gpu)
+                code = process.returncode if process.returncode >= 0 else 128 - process.returncode  # as in a shell
+                result = max(result, code)  # 2 and more: refused or interrupted
+                stopped |= code > 1 or code == 0 and not read_run(run)[0]  # by --max_minutes
+    return max([result, *(128 + number for number in signals)])
+
+
+def read_run(path):
+    """The log of a run, empty if it is not finished, and its settings."""
+    settings, records = read_config(path)["settings"], log.read(path, empty=True)
+    return records if records and records[-1]["epoch"] == settings["epochs"] else [], settings
 
 
 def read_variant(folder, name):
     """The logs of a variant's finished runs by seed, and the settings of one of them."""
     runs, settings = {}, {}
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), f"{name}-seed*[0-9]"))):
-        settings, records = read_config(path)["settings"], log.read(path, empty=True)
-        if records and records[-1]["epoch"] == settings["epochs"]:
+        records, settings = read_run(path)
+        if records:
             runs[int(path.rpartition("-seed")[2])] = records
         else:
             warn(f"{path}: not finished")

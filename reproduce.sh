@@ -5,7 +5,7 @@
 # --seeds N             run seeds 0 to N - 1 (1)
 # --max_minutes M       stop after M minutes; the same command continues
 # --data_root DIR       folder that has or gets cifar-10-batches-py, relative to this script (data)
-# --gpu N               index of the CUDA GPU, or none (0)
+# --gpu N[,N...]        CUDA GPUs, each for a seed at a time, or none (all)
 # --name NAME           runs are in experiments/NAME, logs go to logs/NAME-seedN (paper)
 # --entry NAME          torch.hub entry of the released weights (simsiam_resnet18_cifar10)
 # --weights DIR         folder of the released weights, relative to this script (weights)
@@ -16,7 +16,7 @@
 set -euo pipefail
 # The words of options are to be split: shellcheck disable=SC2086
 PYTHON=${PYTHON:-python3}
-SEEDS=1 MINUTES='' DATA=data GPU=0 NAME=paper ENTRY=simsiam_resnet18_cifar10 WEIGHTS=weights PRETRAIN='' LINEAR=''
+SEEDS=1 MINUTES='' DATA=data GPU=all NAME=paper ENTRY=simsiam_resnet18_cifar10 WEIGHTS=weights PRETRAIN='' LINEAR=''
 while [ $# -gt 0 ]; do
     [[ $1 != --*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
     case $1 in
@@ -36,37 +36,68 @@ while [ $# -gt 0 ]; do
     shift 2
 done
 cd "$(dirname "$0")"
-if ! [[ $SEEDS =~ ^[1-9][0-9]*$ && $MINUTES =~ ^(0|[1-9][0-9]*)?$ && $NAME =~ ^[A-Za-z0-9_][A-Za-z0-9_.-]*$ ]] ||
-    ! grep -q "^def $ENTRY(" hubconf.py; then
-    echo "reproduce.sh: error: --seeds, --max_minutes take a whole number, --name a plain name, --entry a hub entry" >&2
+if ! [[ $SEEDS =~ ^[1-9][0-9]*$ && $MINUTES =~ ^(0|[1-9][0-9]*)?$ && $NAME =~ ^[A-Za-z0-9_][A-Za-z0-9_.-]*$ &&
+    $GPU =~ ^(all|none|[0-9]+(,[0-9]+)*)$ ]] || ! grep -q "^def $ENTRY(" hubconf.py; then
+    echo "reproduce.sh: error: --seeds, --max_minutes take a whole number, --gpu numbers, all or none, --name a plain" \
+        "name, --entry a hub entry" >&2
     exit 2
 fi
 EXP=experiments/$NAME
-DEVICE="--gpu $GPU"
-[ "$GPU" != none ] || { DEVICE='' && export CUDA_VISIBLE_DEVICES=; }
+[ "$GPU" != all ] || GPU=$("$PYTHON" -c 'import torch; print(*range(max(1, torch.cuda.device_count())), sep=",")')
+[ "$GPU" != none ] || export CUDA_VISIBLE_DEVICES=
+IFS=, read -ra GPUS <<<"$GPU"
+DEVICES=("${GPUS[@]/#/--gpu }")
+DEVICES=("${DEVICES[@]/*none/}")
+QUIET=''
+[ $((SEEDS < ${#GPUS[@]} ? SEEDS : ${#GPUS[@]})) = 1 ] || QUIET=--quiet # several bars would overwrite each other
 
 slice() { # a script and its options, for the minutes that are left
     local limit=''
     [ -z "$MINUTES" ] || limit="--max_minutes $((MINUTES > SECONDS / 60 ? MINUTES - SECONDS / 60 : 0))"
-    "$PYTHON" "$@" $limit
-    if [ -n "$MINUTES" ] && [ "$SECONDS" -ge $((60 * MINUTES - 1)) ]; then
-        echo "Stopped after $MINUTES minutes. The same command continues."
-        exit 0
-    fi
+    "$PYTHON" "$@" $QUIET $limit
+    [ -z "$MINUTES" ] || [ "$SECONDS" -lt $((60 * MINUTES - 1)) ] || exit 0
 }
 
-RUNS=()
-for ((seed = 0; seed < SEEDS; seed++)); do
-    run=$EXP/seed$seed
-    RUNS+=("$run")
-    [ ! -e "$run-linear/results.json" ] || continue
-    slice main.py --data_root "$DATA" $DEVICE $PRETRAIN --seed $seed --exp_dir "$EXP" --trial seed$seed --resume auto
-    slice main_lincls.py $DEVICE $LINEAR --pretrained "$run/backbone.pt" --exp_dir "$EXP" --trial "seed$seed-linear" \
+run_seed() { # number and options of the device
+    local seed=$1 device=$2 run=$EXP/seed$1
+    [ ! -e "$run-linear/results.json" ] || return 0
+    slice main.py --data_root "$DATA" $device $PRETRAIN --seed $seed --exp_dir "$EXP" --trial seed$seed --resume auto
+    slice main_lincls.py $device $LINEAR --pretrained "$run/backbone.pt" --exp_dir "$EXP" --trial "seed$seed-linear" \
         --resume auto "$DATA"
     mkdir -p "logs/$NAME-seed$seed" "logs/$NAME-seed$seed-linear"
     cp "$run"/{config.json,log.jsonl} "logs/$NAME-seed$seed"
     cp "$run-linear"/{config.json,log.jsonl,results.json} "logs/$NAME-seed$seed-linear"
+}
+
+JOBS=() RUNS=() CODE=0
+set -m # each job is a process group, to which signals are passed on, so that its command saves the checkpoint
+for name in INT TERM HUP; do
+    trap "for job in \${JOBS[@]}; do kill -s $name -- -\$job; done 2>/dev/null" $name
 done
+for ((first = 0; first < SEEDS && first < ${#GPUS[@]}; first++)); do
+    (
+        for name in INT TERM HUP; do trap "exit $((128 + $(kill -l $name)))" $name; done # after the command
+        for ((seed = first; seed < SEEDS; seed += ${#GPUS[@]})); do run_seed $seed "${DEVICES[first]}"; done
+    ) &
+    JOBS+=($!)
+    # It may have to download the data.
+    while kill -0 $! 2>/dev/null && [ ! -e "$EXP/seed$first/config.json" ]; do sleep 0.2; done
+done
+for job in "${JOBS[@]}"; do
+    while code=0 && { wait "$job" || code=$?; } && kill -0 "$job" 2>/dev/null; do :; done # a signal ends wait
+    [ $code = 0 ] || CODE=$code
+done
+set +m
+trap - INT TERM HUP
+[ $CODE = 0 ] || exit $CODE
+for ((seed = 0; seed < SEEDS; seed++)); do
+    RUNS+=("$EXP/seed$seed")
+    if [ ! -e "$EXP/seed$seed-linear/results.json" ]; then
+        echo "Stopped after $MINUTES minutes. The same command continues."
+        exit 0
+    fi
+done
+DEVICE=${DEVICES[0]}
 "$PYTHON" export.py release "$EXP/seed0" --linear "$EXP/seed0-linear" --name "$ENTRY" --weights "$WEIGHTS" \
     --data_root "$DATA" $DEVICE
 "$PYTHON" export.py check "$ENTRY" --weights "$WEIGHTS" --data_root "$DATA" $DEVICE

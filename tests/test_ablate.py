@@ -1,9 +1,11 @@
 """ablate.py: its table from logs with known figures, and small studies as they are typed."""
+import functools
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -72,6 +74,58 @@ def test_a_refusal_of_main_ends_the_study(tmp_path):
     process = start(tmp_path / "runs", "--widht", "8")
     error = process.communicate()[1]
     assert process.returncode == 2 and error.count("\n") == 1 and "did you mean --width?" in error, error
+
+
+STAND_IN = """
+import sys, time
+words, began = sys.argv[1:], open("began", "a+")
+began.write(" ".join(words[words.index(name) + 1] for name in ("--trial", "--gpu")) + "\\n")
+began.flush()
+while began.seek(0) or len(began.readlines()) < WAIT:
+    time.sleep(0.02)
+"""
+
+
+@pytest.fixture
+def on_two_gpus(tmp_path, monkeypatch):
+    """Finished runs, and a start_main that waits in each until there are so many."""
+    def start_main(wait, options):
+        return subprocess.Popen([sys.executable, "-c", STAND_IN.replace("WAIT", str(wait)), *options])
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ablate.torch.cuda, "device_count", lambda: 2)
+    for name in ("default", "cross-entropy"):
+        for seed in range(2):
+            write_run(tmp_path, f"{name}-seed{seed}", 30.0)
+    return lambda wait: monkeypatch.setattr(ablate, "start_main", functools.partial(start_main, wait))
+
+
+def test_variants_run_side_by_side_one_on_each_gpu(on_two_gpus):
+    on_two_gpus(wait=2)
+    assert ablate.main("similarity --seeds 2 --exp_dir .".split()) == 0
+    began = [line.split() for line in open("began")]
+    assert sorted(began[:2]) == [["cross-entropy-seed0", "1"], ["default-seed0", "0"]]
+    assert sorted(trial for trial, _ in began[2:]) == ["cross-entropy-seed1", "default-seed1"]
+    assert sorted(gpu for _, gpu in began[2:]) == ["0", "1"]
+
+
+def test_with_a_gpu_of_their_own_choice_they_run_one_after_the_other(on_two_gpus):
+    on_two_gpus(wait=1)
+    assert ablate.main("similarity --gpu 1 --exp_dir .".split()) == 0
+    assert [line.split() for line in open("began")] == [["default-seed0", "1"], ["cross-entropy-seed0", "1"]]
+
+
+def test_a_signal_reaches_the_runs_on_all_gpus_and_no_other_starts(on_two_gpus, capsys):
+    on_two_gpus(wait=9)
+    def interrupt():
+        while not os.path.exists("began") or len(open("began").readlines()) < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt).start()
+    assert ablate.main("similarity --seeds 2 --exp_dir .".split()) == 128 + signal.SIGTERM
+    assert len(open("began").readlines()) == 2
+    assert "Resume with: python ablate.py similarity --seeds 2 --exp_dir ." in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -2,8 +2,10 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -21,9 +23,9 @@ def reproduce(tmp_path):
     for name in ("simsiam", "utils"):
         shutil.copytree(REPO / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
 
-    def run(*args, python=sys.executable):
-        return subprocess.run(["bash", tmp_path / "reproduce.sh", *args], cwd=tmp_path.parent, capture_output=True,
-                              text=True, env={**os.environ, "PYTHON": python, "CUDA_VISIBLE_DEVICES": ""})
+    def run(*args, python=sys.executable, start=subprocess.run):
+        return start(["bash", tmp_path / "reproduce.sh", *args], cwd=tmp_path.parent, text=True, stdout=subprocess.PIPE,
+                     stderr=subprocess.PIPE, env={**os.environ, "PYTHON": python, "CUDA_VISIBLE_DEVICES": ""})
 
     return run
 
@@ -65,11 +67,53 @@ def test_the_same_command_leads_from_the_data_to_the_released_weights(reproduce,
     ("--seed 3", "unrecognized argument --seed;"), ("--seeds", "--seeds requires a value"),
     ("--name small --gpu", "--gpu requires a value"), ("--seeds 0", "--seeds"), ("--seeds two", "--seeds"),
     ("--max_minutes soon", "--max_minutes"), ("--max_minutes 0.5", "--max_minutes"), ("--name a/b", "--name"),
+    ("--gpu 0,", "--gpu"),
 ])
 def test_wrong_options_are_one_line(reproduce, tmp_path, args, words):
     done = reproduce(*args.split(), python="/no/python")
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1 and words in done.stderr
     assert not (tmp_path / "experiments").exists()
+
+
+STAND_IN = r"""#!/bin/bash
+# In place of Python: two GPUs; the training of a seed waits for another one on the other GPU.
+case "$*" in
+-c*) echo 0,1 ;;
+main.py*)
+    trap 'echo saved >> {folder}/saved; exit 143' TERM
+    [[ "$*" =~ --gpu\ (.)\ .*--seed\ (.)\ .*--quiet ]] && gpu=${{BASH_REMATCH[1]}} seed=${{BASH_REMATCH[2]}}
+    echo "$seed $gpu" >> {folder}/began
+    run=experiments/paper/seed$seed
+    mkdir -p "$run" && touch "$run"/{{config.json,log.jsonl}}
+    while [ {wait} -gt "$(wc -l < {folder}/began)" ]; do sleep 0.02; done ;;
+main_lincls.py*)
+    [[ "$*" =~ --gpu\ .\ .*trial\ (seed.-linear) ]] && run=experiments/paper/${{BASH_REMATCH[1]}}
+    mkdir -p "$run" && touch "$run"/{{config.json,log.jsonl,results.json}} ;;
+esac
+"""
+
+
+def test_seeds_train_side_by_side_one_on_each_gpu(reproduce, tmp_path):
+    (tmp_path / "python").write_text(STAND_IN.format(folder=tmp_path, wait=2))
+    (tmp_path / "python").chmod(0o755)
+    done = reproduce("--seeds", "3", python=str(tmp_path / "python"))
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    began = (tmp_path / "began").read_text().splitlines()
+    assert sorted(began[:2]) == ["0 0", "1 1"] and began[2:] == ["2 0"]
+    logs = [f"paper-seed{seed}{end}" for seed in range(3) for end in ("", "-linear")]
+    assert sorted(os.listdir(tmp_path / "logs")) == sorted(logs)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_the_commands_on_all_gpus(reproduce, tmp_path, number):
+    (tmp_path / "python").write_text(STAND_IN.format(folder=tmp_path, wait=9).replace("TERM", "TERM INT"))
+    (tmp_path / "python").chmod(0o755)
+    process = reproduce("--seeds", "3", "--gpu", "1,0", python=str(tmp_path / "python"), start=subprocess.Popen)
+    while not (tmp_path / "began").exists() or len((tmp_path / "began").read_text().splitlines()) < 2:
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait(30) == 128 + number and (tmp_path / "saved").read_text() == "saved\nsaved\n"
+    assert sorted((tmp_path / "began").read_text().splitlines()) == ["0 1", "1 0"]
 
 
 def test_a_command_that_fails_ends_it(reproduce, tmp_path):
