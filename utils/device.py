@@ -5,6 +5,7 @@ import datetime
 import functools
 import os
 import sys
+import warnings
 
 import torch
 from torch import distributed
@@ -137,7 +138,7 @@ def joined():
         yield
         return
     store = next(rendezvous("env://", timeout=PATIENCE))[0]
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's restarts keep the last start's keys (pytorch issue 135712)
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # the store keeps the keys before a restart (pytorch issue 135712)
         store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
@@ -226,9 +227,10 @@ def average_gradients(model, function):
     processes. The parameters become those of the first one."""
     if processes == 1:
         return function
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # 1x1 convolutions in channels_last: same memory
     step = torch.nn.parallel.DistributedDataParallel(Step(model, function))
     step.broadcast_buffers = False  # in each step; share_buffers does it when they are used
-    step().backward()  # its order of gradients becomes that of the sums; by a real step, a resumed run's sums would differ
+    step().backward()  # the sums take over the order of these gradients; by a real step they would change on resuming
     return step
 
 
