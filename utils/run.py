@@ -130,13 +130,14 @@ def load_state(path, args):
     if state.get("format") != FORMAT:
         raise ValueError(f"{path}: written by another version of this code (format {state.get('format')}, not "
                          f"{FORMAT}); config.json beside it names the commit")
-    if not vars(args).keys() <= state["config"].keys():
+    if ("pretrained" in state["config"]) != hasattr(args, "pretrained"):  # an option of main_lincls.py
         raise ValueError(f"{path}: a checkpoint of another script")
     return state | {"path": path}
 
 
 def resumed_args(parser, argv, state, may_change):
-    """Settings of a resumed run: the checkpoint's, and what is typed. Raises ValueError for one that may not change."""
+    """Settings of a resumed run: the checkpoint's, the defaults of options that are newer, and what is typed. Raises
+    ValueError for one that may not change."""
     saved = {name: value for name, value in state["config"].items() if name not in PROCESS}
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
