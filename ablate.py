@@ -92,9 +92,13 @@ def passed_on(processes):
                 process.send_signal(number)
 
     usual = handle_signals(pass_on)
-    yield numbers
-    for number in usual:
-        signal.signal(number, usual[number])
+    try:
+        yield numbers
+    finally:
+        for number in usual:
+            signal.signal(number, usual[number])
+        for process in processes:  # after an error
+            process.terminate()
 
 
 def run_variants(args, variants, rest):
@@ -115,6 +119,8 @@ def run_variants(args, variants, rest):
                 process = start_main([*rest, *options, *gpu, "--seed", str(seed), "--exp_dir", args.exp_dir,
                                       "--trial", trial, "--resume", "auto", "--quiet"])
                 running[process] = os.path.join(args.exp_dir, trial), gpu
+                for number in signals:  # that came before the line above
+                    process.send_signal(number)
             time.sleep(0.1)
             for process in [each for each in running if each.poll() is not None]:
                 run, gpu = running.pop(process)
@@ -157,7 +163,7 @@ def table(results):
                            if log.last(records, key) is not None}
                           for key in ("knn200", "std", "loss"))  # without labels there is no kNN
         difference = [knn[seed] - log.last(reference[seed], "knn200") for seed in knn if seed in reference]
-        least = log.collapse_std(settings["batch_size"], settings.get("head_bn", "default"))
+        least = log.collapse_std(settings.get("bn_batch", settings["batch_size"]), settings.get("head_bn", "default"))
         lines.append([name, paper, mean_and_std(knn.values(), ".2f"),
                       mean_and_std(difference if name != "default" else (), ".2f"),
                       mean_and_std(std.values(), ".3f") + " (collapsed)" * (statistics.fmean(std.values()) < least),

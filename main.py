@@ -43,10 +43,8 @@ DISTANCES = {"cosine": simsiam.negative_cosine, "cross_entropy": simsiam.cross_e
 LOSSES = dict(symmetric=simsiam.simsiam_loss, asymmetric=simsiam.asymmetric_loss, asymmetric_2x=simsiam.asymmetric_loss)
 LR_PER_256 = 0.03  # learning rate for a batch of 256; it scales linearly (appendix D)
 SAVE_SECONDS = 60  # at least, between checkpoints: writing is not to slow down runs with short epochs
-MAY_CHANGE = (  # in a resumed run; any other setting makes another run
-    "data_root", "cache_dir", "exp_dir", "trial", "eval_freq", "save_freq", "tensorboard", "compile", "deterministic",
-    "untrained",
-)
+MAY_CHANGE = ("data_root cache_dir exp_dir trial eval_freq save_freq tensorboard compile deterministic "
+              "untrained").split()  # in a resumed run; any other setting makes another run
 
 
 def make_parser():
@@ -124,7 +122,9 @@ def make_forward(args, model, device, steps):
             loss, std = (loss + loss2) / 2, (std + std2) / 2
         return loss, std
 
-    return average_gradients(model, compile_for(device, forward, args.compile, steps, model))
+    if processes > 1 and args.bn_batch == args.batch_size and args.compile is None:
+        return average_gradients(model, forward)  # a graph would end at each synchronized batch norm
+    return average_gradients(model, compile_for(device, forward, args.compile, steps))
 
 
 def pretrain(args, device, data, parts, run, state, stop, begin):
@@ -248,9 +248,9 @@ def prepare(args):
     if args.batch_size > len(data.train_images):
         raise ValueError(f"--batch_size {args.batch_size}: there are {len(data.train_images)} training images")
     if args.batch_size % processes or args.batch_size < 2 * processes:
-        raise ValueError(f"--batch_size {args.batch_size}: not a multiple of {processes} processes, each of 2 or more")
-    synchronized = args.sync_bn and device.type == "cuda"  # PyTorch has no synchronized batch norm for CPUs
-    args.bn_batch = args.batch_size if processes == 1 or synchronized else args.batch_size // processes
+        raise ValueError(f"--batch_size {args.batch_size}: not a multiple of {processes} from {2 * processes} on")
+    together = processes == 1 or args.sync_bn and device.type == "cuda"  # PyTorch has no SyncBatchNorm for CPUs
+    args.bn_batch = args.batch_size if together else args.batch_size // processes
     return device, data, build(args, device)
 
 
@@ -307,23 +307,23 @@ def main(argv=None):
     begin, argv = time.monotonic(), sys.argv[1:] if argv is None else argv
     parser = make_parser()
     args = parser.parse_args(argv)
-    with joined(), contextlib.ExitStack() as stack:
-        with parser.user_errors():
-            args, device, data, parts, run, state = set_up(parser, args, argv)
-        if run:
-            stack.enter_context(contextlib.closing(run))
-        stop = stack.enter_context(StopRequest(args.max_minutes, begin))
-        try:
+    try:
+        with joined(), contextlib.ExitStack() as stack:
+            with parser.user_errors():
+                args, device, data, parts, run, state = set_up(parser, args, argv)
+            if run:
+                stack.enter_context(contextlib.closing(run))
+            stop = stack.enter_context(StopRequest(args.max_minutes, begin))
             on_first(start, args, device, data, parts["model"], run, state, stop)
             code = pretrain(args, device, data, parts, run, state, stop, begin - state["time"])
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            return fail("main.py", f"out of memory ({str(error).split('. ')[0]}); lower --batch_size or --width")
-        if code == 0 and run and run.saved_epoch == args.epochs:
-            say(f"{run.folder}: {log.figures(run.records)}")
-            info(f"Figures: {run.path(REPORT)}")
-            if data.has_classes:
-                info(f"Next: {evaluation_command(vars(args), run.folder, device.type == 'cpu')}")
-        return code
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        return fail("main.py", f"out of memory ({str(error).split('. ')[0]}); lower --batch_size or --width")
+    if code == 0 and run and run.saved_epoch == args.epochs:
+        say(f"{run.folder}: {log.figures(run.records)}")
+        info(f"Figures: {run.path(REPORT)}")
+        if data.has_classes:
+            info(f"Next: {evaluation_command(vars(args), run.folder, device.type == 'cpu')}")
+    return code
 
 
 if __name__ == "__main__":

@@ -44,10 +44,9 @@ if ! [[ $SEEDS =~ ^[1-9][0-9]*$ && $MINUTES =~ ^(0|[1-9][0-9]*)?$ && $NAME =~ ^[
 fi
 EXP=experiments/$NAME
 [ "$GPU" != all ] || GPU=$("$PYTHON" -c 'import torch; print(*range(max(1, torch.cuda.device_count())), sep=",")')
-[ "$GPU" != none ] || export CUDA_VISIBLE_DEVICES=
 IFS=, read -ra GPUS <<<"$GPU"
 DEVICES=("${GPUS[@]/#/--gpu }")
-DEVICES=("${DEVICES[@]/*none/}")
+[ "$GPU" != none ] || { DEVICES=('') && export CUDA_VISIBLE_DEVICES=; }
 QUIET=''
 [ $((SEEDS < ${#GPUS[@]} ? SEEDS : ${#GPUS[@]})) = 1 ] || QUIET=--quiet # several bars would overwrite each other
 
@@ -69,17 +68,18 @@ run_seed() { # number and options of the device
     cp "$run-linear"/{config.json,log.jsonl,results.json} "logs/$NAME-seed$seed-linear"
 }
 
-JOBS=() RUNS=() CODE=0
-set -m # each job is a process group, to which signals are passed on, so that its command saves the checkpoint
+JOBS=() RUNS=() CODE=0 STOP=0
 for name in INT TERM HUP; do
-    trap "for job in \${JOBS[@]}; do kill -s $name -- -\$job; done 2>/dev/null" $name
+    trap "STOP=1; for job in \${JOBS[@]}; do kill -s $name -- -\$job; done 2>/dev/null" $name
 done
-for ((first = 0; first < SEEDS && first < ${#GPUS[@]}; first++)); do
+for ((first = 0; !STOP && first < SEEDS && first < ${#GPUS[@]}; first++)); do
+    set -m # the job is a process group, to which signals are passed on, so that its command saves the checkpoint
     (
         for name in INT TERM HUP; do trap "exit $((128 + $(kill -l $name)))" $name; done # after the command
         for ((seed = first; seed < SEEDS; seed += ${#GPUS[@]})); do run_seed $seed "${DEVICES[first]}"; done
     ) &
     JOBS+=($!)
+    set +m
     # It may have to download the data.
     while kill -0 $! 2>/dev/null && [ ! -e "$EXP/seed$first/config.json" ]; do sleep 0.2; done
 done
@@ -87,7 +87,6 @@ for job in "${JOBS[@]}"; do
     while code=0 && { wait "$job" || code=$?; } && kill -0 "$job" 2>/dev/null; do :; done # a signal ends wait
     [ $code = 0 ] || CODE=$code
 done
-set +m
 trap - INT TERM HUP
 [ $CODE = 0 ] || exit $CODE
 for ((seed = 0; seed < SEEDS; seed++)); do

@@ -67,8 +67,16 @@ class Parser(argparse.ArgumentParser):
         try:
             yield
         except USER_ERRORS as error:
+            if another_died(error):
+                raise
             named = isinstance(error, OSError) and error.filename is not None
             self.error(f"{error.filename!r}: {error.strerror}" if named else str(error))
+
+
+def another_died(error):
+    """Whether an error of torch.distributed says that a connection broke, as when another process has died."""
+    return processes > 1 and isinstance(error, RuntimeError) and (
+        type(error).__name__.startswith("Dist") or "gloo" in str(error))
 
 
 def nearest(word, valid):
@@ -214,6 +222,9 @@ def warn(text):
 
 def fail(script, text):
     """Print an error; returns the exit code of a run without a result."""
+    if rank:
+        time.sleep(2)  # the exit of another process that has printed it ends this one
+        text = f"process {rank}: {text}"
     say(f"{script}: error: {text}", sys.stderr)
     return 1
 
@@ -240,7 +251,7 @@ class Progress(tqdm):
         if keep or self.disable and time.monotonic() - self.spoken > LINE_SECONDS:
             self.spoken = time.monotonic()
             seconds = (self.spoken - self.begin) * (self.epochs - done) / max(done - self.first, 1e-9)
-            left = "" if done == self.epochs else f", {tqdm.format_interval(round(seconds))} left"
+            left = f", {tqdm.format_interval(round(seconds))} left" if self.first < done < self.epochs else ""
             info(f"epoch {done:.{0 if figures else 2}f}/{self.epochs}  {figures}{left}")
 
 
@@ -259,8 +270,9 @@ class Stopped(Exception):
 
 class StopRequest:
     """Inside the context, the first of STOP_SIGNALS, and the time limit, only make `requested` true, so that the step
-    can finish and a checkpoint be written. A second signal has its usual effect; ignored ones stay ignored. In another
-    thread than the main one, which alone can handle signals, there is only the time limit.
+    can finish and a checkpoint be written. A second signal has its usual effect, but none with torchrun, which may pass
+    on what a process has already received; ignored ones stay ignored. In another thread than the main one, which alone
+    can handle signals, there is only the time limit.
 
     minutes: limit since `start`, a value of time.monotonic(). exit_code: 128 + the signal's number, 0 for the limit.
     """
@@ -275,7 +287,8 @@ class StopRequest:
 
     def note(self, number, frame):
         self.signaled, self.exit_code = True, 128 + number
-        self.__exit__()
+        if processes == 1:
+            self.__exit__()
 
     def __exit__(self, *exception):
         for number, handler in self.usual.items():

@@ -11,7 +11,7 @@ import torch
 from torch import distributed
 from torch.distributed.rendezvous import rendezvous
 
-from utils.cli import USER_ERRORS, fail, processes, rank, warn
+from utils.cli import USER_ERRORS, another_died, fail, processes, rank, warn
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 COMPILE_STEPS = 5000  # a run of fewer does not earn back the minute or two of compilation (an estimate)
@@ -26,15 +26,16 @@ def select_device(gpu):
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if processes > 1:
         if gpu is not None:
-            raise ValueError("--gpu: torchrun gives each process a GPU of its own")
+            raise ValueError("omit --gpu: torchrun gives each process a GPU of its own")
         gpu = int(os.environ["LOCAL_RANK"]) if count else None
     if gpu is None and not count:
         prepare_cpu()
         return torch.device("cpu")
-    if not 0 <= (gpu or 0) < count:
+    gpu = gpu or 0
+    if not 0 <= gpu < count:
         seen = f"CUDA sees GPUs 0 to {count - 1}" if count else "CUDA sees no GPU here; omit --gpu to use the CPU"
         raise ValueError(f"{'LOCAL_RANK' if processes > 1 else '--gpu'} {gpu}: {seen}")
-    device = torch.device("cuda", gpu or 0)
+    device = torch.device("cuda", gpu)
     torch.cuda.set_device(device)  # else a context is created on GPU 0 too
     return device
 
@@ -78,18 +79,15 @@ def autocast(device, precision):
 def memory_layout(device, width, batch_size):
     """The memory format for training: channels_last, except where it makes torch's CPU kernels corrupt memory: in 2.14
     and 2.15 the weight gradient of a 1x1 convolution with stride 2 and fewer channels than a vector register holds, 8
-    with AVX2 (any batch), 16 with AVX-512 (odd batches on several threads)."""
-    crashes = device.type == "cpu" and (width < 8 or width < 16 and batch_size % 2 == 1)
+    with AVX2 (any batch), 16 with AVX-512 (odd batches on several threads). batch_size: of all processes."""
+    crashes = device.type == "cpu" and (width < 8 or width < 16 and batch_size // processes % 2 == 1)
     return torch.contiguous_format if crashes else torch.channels_last
 
 
-def compile_for(device, function, choice, steps, model=None):
+def compile_for(device, function, choice, steps):
     """The function compiled by Inductor, or as it is. choice: True, False, or None for CUDA and at least COMPILE_STEPS
-    steps, unless the model has synchronized batch norms, at each of which torch's graphs end (pytorch issue 161302).
-    Where a trial shows that nothing can be compiled, it stays as it is, with a warning."""
-    synchronized = any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules()) if model else False
-    by_default = device.type == "cuda" and steps >= COMPILE_STEPS and not synchronized
-    if not (by_default if choice is None else choice):
+    steps. Where a trial shows that nothing can be compiled, it stays as it is, with a warning."""
+    if not (device.type == "cuda" and steps >= COMPILE_STEPS if choice is None else choice):
         return function
     torch.compiler.reset()  # torch limits the compilations of a function, also over the runs in one process
     try:
@@ -145,18 +143,17 @@ def joined():
         distributed.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=PATIENCE)
         yield
         distributed.destroy_process_group()
-    except RuntimeError as error:  # another process has died, and with it the connection
-        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
+    except RuntimeError as error:
+        if not another_died(error):
             raise
-        sys.exit(fail(os.path.basename(sys.argv[0]), f"process {rank} of {processes} lost another one: "
-                      f"{str(error).splitlines()[0].split('. ')[0]}"))
+        why = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]  # without file names and advice
+        sys.exit(fail(os.path.basename(sys.argv[0]), f"lost another process: {why}"))
 
 
 def gather(value):
     """The values of all processes, a list by rank."""
     values = processes * [value]
-    if processes > 1:
-        distributed.all_gather_object(values, value)
+    distributed.all_gather_object(values, value)
     return values
 
 
@@ -173,14 +170,14 @@ def on_first(function, *args, share=True):
             failure = error
     sent = [result if share else None, failure]
     distributed.broadcast_object_list(sent)
-    if failure or sent[1]:
-        raise failure or sent[1]
+    if sent[1]:
+        raise sent[1]
     return sent[0] if share else result
 
 
 def in_turns(function, *args):
-    """function(*args) of every process: first of rank 0, then of one process on each node, then of the others, which
-    find what these have downloaded or cached. USER_ERRORS of any are raised in all."""
+    """function(*args) of every process: first of rank 0, then of one process on each node, then of the others, so that
+    later ones find what earlier ones downloaded or cached. USER_ERRORS of any are raised in all."""
     if processes == 1:
         return function(*args)
     turn, result = 0 if rank == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2, None
@@ -206,7 +203,7 @@ def require_same(what, value):
 def average(values):
     """Replace a float32 tensor on the CPU by its mean over the processes."""
     if processes > 1:
-        total = values.double()  # in which sums of float32 are exact, in any order
+        total = values.double()  # in which sums of float32 are, but for rare cases, exact in any order
         distributed.all_reduce(total)
         values.copy_(total / processes)
 
@@ -230,7 +227,7 @@ def average_gradients(model, function):
     warnings.filterwarnings("ignore", "Grad strides do not match")  # 1x1 convolutions in channels_last: same memory
     step = torch.nn.parallel.DistributedDataParallel(Step(model, function))
     step.broadcast_buffers = False  # in each step; share_buffers does it when they are used
-    step().backward()  # the sums take over the order of these gradients; by a real step they would change on resuming
+    step().backward()  # DDP orders its buckets by the first backward pass; a fixed one keeps it when a run is resumed
     return step
 
 
@@ -244,17 +241,17 @@ class Agreement:
     """Makes a StopRequest of one process that of all, in the same step of each: one step late, so that none waits."""
 
     def __init__(self, stop):
-        self.stop, self.sent, self.code = stop, None, None
+        self.stop, self.sent, self.code = stop, None, torch.zeros(1)
 
     def reached(self):
         """Whether to stop; to be called in each step by every process."""
         if processes == 1:
             return self.stop.requested
-        if self.sent is not None:
+        if self.sent:
             self.sent.wait()
-            if self.code:  # 1 + exit code
-                self.stop.signaled, self.stop.exit_code = True, self.code.item() - 1
-                return True
+        if self.code:  # 1 + exit code
+            self.stop.signaled, self.stop.exit_code = True, self.code.item() - 1
+            return True
         self.code = torch.tensor([self.stop.requested * (1 + self.stop.exit_code)])
         self.sent = distributed.all_reduce(self.code, distributed.ReduceOp.MAX, async_op=True)
         return False

@@ -93,7 +93,8 @@ def mark_levels(axes, name, keys, settings):
     if name == "std":
         axes.set_ylim(0, max(1.15, axes.get_ylim()[1]))
         level(axes, 1, "1: spread over the whole sphere")
-        limits = {log.collapse_std(each.get("batch_size", 512), each.get("head_bn", "default")) for each in settings}
+        limits = {log.collapse_std(each.get("bn_batch", each.get("batch_size", 512)), each.get("head_bn", "default"))
+                  for each in settings}
         if len(limits) == 1:
             level(axes, *limits, f"{min(limits):.2g}: collapsed below")
     if name == "top1-acc" and {each["dataset"] for each in settings} == {"cifar10"}:
