@@ -143,8 +143,11 @@ def test_a_run_that_is_stopped_and_killed_ends_with_the_same_bits(here):
 @linux
 @pytest.mark.slow
 def test_torchrun_that_is_terminated_waits_for_the_checkpoint(here):
+    """Also where the processes have got the signal before torchrun passes it on, as from a queue."""
     process = torchrun(*SMALL, "run", "--epochs", 1000, "--eval_freq", 1000)
     wait_for(1, "run")
+    for rank in range(2):
+        send(signal.SIGTERM, rank)
     process.terminate()
     code, output, error = finish(process)
     assert code and "Interrupted in epoch" in output and not error

@@ -116,6 +116,18 @@ def test_a_signal_reaches_the_commands_on_all_gpus(reproduce, tmp_path, number):
     assert sorted((tmp_path / "began").read_text().splitlines()) == ["0 1", "1 0"]
 
 
+def test_a_signal_while_the_first_seed_starts_keeps_the_others_from_starting(reproduce, tmp_path):
+    stand_in = STAND_IN.format(folder=tmp_path, wait=9).replace("config.json,", "", 1)
+    (tmp_path / "python").write_text(stand_in)
+    (tmp_path / "python").chmod(0o755)
+    process = reproduce("--seeds", "3", python=str(tmp_path / "python"), start=subprocess.Popen)
+    while not (tmp_path / "began").exists():
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert (tmp_path / "began").read_text() == "0 0\n" and (tmp_path / "saved").read_text() == "saved\n"
+
+
 def test_a_command_that_fails_ends_it(reproduce, tmp_path):
     done = reproduce("--gpu", "none", python="false")
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "") and not (tmp_path / "logs").exists()
