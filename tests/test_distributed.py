@@ -188,19 +188,21 @@ def test_divergence_ends_both(here):
 
 @pytest.mark.slow
 def test_a_checkpoint_of_two_processes_is_resumed_by_one_and_the_other_way_round(here, no_gpu, capsys):
-    """With the same images and views in each step: the losses are close, though not the same bits."""
-    options = "--epochs", 2, "--eval_freq", 9, "--max_minutes"
-    code, output, error = finish(torchrun(*SMALL, "two-one", *options, 0))
+    """The losses are close, though not the same bits: at this low learning rate, at the recipe's the statistics of half
+    batches and rounding lead to other losses within ten steps of so small a network."""
+    options = "--epochs", "2", "--eval_freq", "9", "--learning_rate", "3e-3", "--seed", "1"
+    stop, resume = (*options, "--max_minutes", "0"), (*options, "--resume", "auto")
+    code, output, error = finish(torchrun(*SMALL, "two-one", *stop))
     assert code == 0 and output.count("Interrupted in epoch 1") == 1 and not error
-    pretraining.main([*SMALL, "one-two", *map(str, options), "0"])
-    pretraining.main([*SMALL, "one", "--epochs", "2", "--eval_freq", "9"])
+    pretraining.main([*SMALL, "one-two", *stop])
+    pretraining.main([*SMALL, "one", *options])
     capsys.readouterr()
-    assert pretraining.main([*SMALL, "two-one", "--resume", "auto"]) == 0
+    assert pretraining.main([*SMALL, "two-one", *resume]) == 0
     assert re.search("of .*2 processes.*not bit for bit", capsys.readouterr().err)
-    code, _, error = finish(torchrun(*SMALL, "one-two", "--resume", "auto"))
+    code, _, error = finish(torchrun(*SMALL, "one-two", *resume))
     assert code == 0 and len(error) == 1 and "not bit for bit" in error[0]
     losses = [[record["loss"] for record in log_of(trial)] for trial in ("one", "two-one", "one-two")]
-    assert all(other == pytest.approx(losses[0], abs=0.05) for other in losses[1:])
+    assert all(other == pytest.approx(losses[0], abs=0.02) for other in losses[1:])
 
 
 @pytest.mark.slow
