@@ -115,7 +115,7 @@ def release(args):
     backbone = simsiam.load_backbone(half, settings["arch"], verbose=False)
     if (settings["arch"], backbone.feature_dim) != ("resnet18", getattr(hubconf, args.name)(False).feature_dim):
         raise ValueError(f"--name {args.name}: another network than that of {args.run}")
-    if any(settings[name] != evaluation[name] for name in ("dataset", "test_size")):
+    if any(settings.get(name) != evaluation.get(name) for name in ("dataset", "test_size", "validation")):
         raise ValueError(f"--linear {args.linear}: not on the test images of {args.run}")
     classifier = checkpoint.load(os.path.join(args.linear, "classifier.pt"))
     accuracies, measured_with = measure(backbone, classifier, evaluation, settings, args)

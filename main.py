@@ -238,8 +238,7 @@ def prepare(args):
         raise ValueError(f"--fix_pred_lr: with --predictor {args.predictor} no predictor is trained")
     if args.warmup_epochs >= args.epochs:
         raise ValueError(f"--warmup_epochs {args.warmup_epochs}: the run has {args.epochs} epochs")
-    if args.learning_rate is None:
-        args.learning_rate = LR_PER_256 * args.batch_size / 256
+    args.learning_rate = LR_PER_256 * args.batch_size / 256 if args.learning_rate is None else args.learning_rate
     data = load_dataset(args.dataset, args.data_root, device, **data_options(vars(args)))
     args.image_size = data.train_images.shape[2]
     args.view_size = str(args.image_size) if args.view_size is None else args.view_size
@@ -281,7 +280,8 @@ def start(args, device, data, model, run, state, stop):
     """Say what is trained. Of a new run, draw views.png, and with --untrained log kNN with the initial weights."""
     if state["epoch"] == args.epochs:
         return info(f"{run.folder}: already finished, epoch {args.epochs} of {args.epochs}")
-    info(f"{run.folder}: {args.arch}, width {args.width}, {args.dataset}, {len(data.train_images)} images of "
+    held_out = f" (and {args.validation} held out)" if args.validation else ""
+    info(f"{run.folder}: {args.arch}, width {args.width}, {args.dataset}, {len(data.train_images)} images{held_out} of "
          f"{args.image_size} pixels, {describe(device)}, {describe_precision(args.precision, device)}")
     if device.type == "cpu" and args.width > 16:
         info("No GPU in use. Two CPU cores train 50 to 190 views/s at width 64, 600 to 1,280 with --width 16.")

@@ -195,7 +195,8 @@ def report(args, data, classifier, record, confusion, run):
     record = record or run.records[-1]
     results = {"images": len(data.test_images), **record}
     which = "" if args.evaluate else f"epoch {record['epoch']}, " if args.features == "augmented" else "L-BFGS, "
-    say(f"linear top-1: {record['test_top1']:.2f} % ({which}{len(data.test_images):,} test images)")
+    say(f"linear top-1: {record['test_top1']:.2f} % ({which}{len(data.test_images):,} "
+        f"{'test' if args.validation is None else 'validation'} images)")
     if args.evaluate is None:
         if args.features == "augmented":
             best = max(run.records, key=lambda each: each["test_top1"])

@@ -13,7 +13,7 @@ from torchvision.datasets import CIFAR10
 from torchvision import transforms
 
 from utils.augment import MEAN, STD
-from utils.data import balanced_subset, load_dataset
+from utils.data import balanced_subset, hold_out, load_dataset
 from utils.images import load_folder, read_image
 from utils.shapes import draw_shapes
 
@@ -35,6 +35,28 @@ def test_mean_and_std_are_those_of_the_training_pixels(cifar):
         mean = (share * values).sum()
         assert mean.item() == pytest.approx(MEAN[channel], abs=1e-4)
         assert (share * (values - mean) ** 2).sum().sqrt().item() == pytest.approx(STD[channel], abs=1e-4)
+
+
+def test_validation_holds_out_the_same_random_training_images_in_place_of_the_test_images():
+    whole = load_dataset("shapes", "", CPU, train_size=1000, test_size=10)
+    part, again = (load_dataset("shapes", "", CPU, train_size=1000, validation=200) for _ in range(2))
+    assert [len(part.train_images), len(part.test_images)] == [800, 200] and part.digest() == again.digest()
+    rows = [{image.numpy().tobytes(): label for image, label in zip(images, labels.tolist())}
+            for images, labels in (part[:2], part[2:4], whole[:2])]
+    assert rows[0] | rows[1] == rows[2] and len(rows[0]) + len(rows[1]) == len(rows[2]) == 1000
+    assert part.test_labels.bincount(minlength=10).min() > 0
+    assert not torch.equal(part.test_images, whole.train_images[-200:])
+    for count in (1000, 1001):
+        with pytest.raises(ValueError, match=f"--validation {count}: 1000 training images have labels"):
+            load_dataset("shapes", "", CPU, train_size=1000, validation=count)
+
+
+def test_images_without_labels_stay_in_the_training_split():
+    images, labels = torch.arange(100).view(-1, 1), torch.cat((torch.arange(40) % 4, torch.full((60,), -1)))
+    rest, rest_labels, held, held_labels = hold_out(images, labels, 30)
+    assert rest.flatten().tolist()[10:] == list(range(40, 100)) and (rest_labels[10:] == -1).all()
+    assert sorted(rest[:10, 0].tolist() + held[:, 0].tolist()) == list(range(40))
+    assert torch.equal(held_labels, held[:, 0] % 4) and torch.equal(rest_labels[:10], rest[:10, 0] % 4)
 
 
 def test_sizes_take_the_first_images_of_the_files(cifar, cifar_root):

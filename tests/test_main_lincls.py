@@ -190,6 +190,11 @@ def test_numbers_that_are_not_finite_are_no_result(run_lincls, capsys):
     assert not os.path.exists("experiments/a/classifier.pt")
 
 
+def test_validation_images_are_named_and_classified_instead_of_test_images(run_lincls, capsys):
+    assert run_lincls("--features", "cached", "--validation", 50, "--trial", "a") == 0
+    assert "50 validation images)" in capsys.readouterr().out and results("a")["images"] == 50
+
+
 def test_a_class_without_test_images_has_no_accuracy(run_lincls, no_gpu):
     assert run_lincls("--features", "cached", "--test_size", 3, "--trial", "a") == 0
     assert list(results("a")["class_top1"].values()).count(None) >= 7

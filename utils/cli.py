@@ -21,7 +21,7 @@ RANKS = {"WORLD_SIZE": "RANK", "SLURM_STEP_NUM_TASKS": "SLURM_PROCID", "OMPI_COM
 TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 rank, processes = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")] if TORCHRUN else (0, 1)
 USER_ERRORS = (ValueError, OSError, MemoryError, RuntimeError)  # what bad input raises while a script sets up
-DATA_OPTIONS = ("train_size", "test_size", "image_size", "test_share", "skip_broken", "cache_dir")
+DATA_OPTIONS = ("train_size", "test_size", "image_size", "validation", "test_share", "skip_broken", "cache_dir")
 quiet = False      # --quiet: `info` and the bars show nothing
 
 
@@ -124,6 +124,8 @@ def add_data_options(parser, datasets, positional=True):
     group.add_argument("--dataset", choices=datasets, default="cifar10", help="folder: your images; shapes: built in")
     group.add_argument("--train_size", type=whole_number(2), metavar="N", help="use the first N training images")
     group.add_argument("--test_size", type=whole_number(1), metavar="N", help="use the first N test images")
+    group.add_argument("--validation", type=whole_number(1), metavar="N", help="hold out N training images and "
+                       "test on them, to choose settings by")
     group.add_argument("--image_size", type=whole_number(8), metavar="N", help="resize images to N pixels (default: "
                        "the backbone's run, else 96 for stl10, 32 for others)")
     group.add_argument("--test_share", type=fraction, metavar="F", help="share of each class held out as test images, "

@@ -19,7 +19,7 @@ TORCHVISION = {"cifar10": CIFAR10, "cifar100": CIFAR100, "stl10": STL10, "svhn":
 DATASETS = (*TORCHVISION, "folder", "shapes")
 SIZES = {"stl10": 96}  # of the images, in pixels, where it is not 32
 SHAPES_TRAIN, SHAPES_TEST = 10_000, 2_000  # default sizes
-SHAPES_TRAIN_SEED, SHAPES_TEST_SEED = 0, 1
+SHAPES_TRAIN_SEED, SHAPES_TEST_SEED, VALIDATION_SEED = 0, 1, 2
 
 
 class Dataset(NamedTuple):
@@ -46,11 +46,12 @@ class Dataset(NamedTuple):
         return self.train_images[:count], self.train_labels[:count]
 
 
-def load_dataset(name, root, device, train_size=None, test_size=None, image_size=None, test_share=None,
-                 cache_dir="cache", skip_broken=False, unlabeled=True):
+def load_dataset(name, root, device, train_size=None, test_size=None, image_size=None, validation=None,
+                 test_share=None, cache_dir="cache", skip_broken=False, unlabeled=True):
     """Load one of DATASETS as a Dataset. root: folder that has or gets the files; for 'folder' see `load_splits`, which
     takes the last options. train_size, test_size: the first N images in file order; for shapes, the number drawn.
-    image_size: images are resized to it (default: the data set's own). unlabeled: with STL-10's images without labels.
+    image_size: images are resized to it (default: the data set's own). validation: number of training images to test
+    on, see `hold_out`. unlabeled: with STL-10's images without labels.
     Raises ValueError for an unknown name and sizes beyond the data set's, OSError if files cannot be had."""
     image_size = image_size or SIZES.get(name, 32)
     if name == "shapes":
@@ -72,10 +73,27 @@ def load_dataset(name, root, device, train_size=None, test_size=None, image_size
         images = torch.from_numpy(images[:size])
         tensors.append(resize(images.permute(0, 3, 1, 2) if images.shape[3] == 3 else images, image_size))
         tensors.append(torch.as_tensor(labels[:size], dtype=torch.int64))
+    if validation is not None:
+        if len(classes) < 2:
+            raise ValueError(f"--validation {validation}: no labels of several classes to validate with")
+        tensors = hold_out(*tensors[:2], validation)
     train, train_labels, test, test_labels = tensors
     fits = device.type != "cuda" or train.nbytes + test.nbytes <= torch.cuda.mem_get_info(device)[0] / 2
     home = device if fits else torch.device("cpu")
     return Dataset(train.to(home), train_labels.to(device), test.to(home), test_labels.to(device), classes)
+
+
+def hold_out(images, labels, count):
+    """Split training images [N, 3, H, W] and labels [N] into the rest and, in place of test images, `count` images with
+    labels: a random choice that is the same in all runs. Returns both splits' images and labels, as copies in memory.
+    Raises ValueError unless images with labels remain."""
+    labeled = int((labels >= 0).sum())
+    if count >= labeled:
+        raise ValueError(f"--validation {count}: {labeled} training images have labels")
+    order = torch.randperm(labeled, generator=torch.Generator().manual_seed(VALIDATION_SEED))
+    held, rest = order[:count].sort().values, order[count:].sort().values
+    rest = torch.cat((rest, torch.arange(labeled, len(labels))))
+    return images[rest], labels[rest], images[held], labels[held]
 
 
 def resize(images, size):

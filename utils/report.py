@@ -18,7 +18,7 @@ figure.wide { width: 100%; } img { width: 100%; } figcaption { font-size: .85rem
 """
 CAPTIONS = {  # in the order of the page
     "loss-plot": "Loss. In pre-training, near −1 with std near 0 is a collapse, not a success.",
-    "top1-acc": "Top-1 accuracy on the test images.",
+    "top1-acc": "Top-1 accuracy on the test images, or on those of --validation.",
     "std": "std of the l2-normalized outputs z, times √d: near 1 is healthy, near 0 collapsed.",
     "effective-rank": "Effective rank of the features: dimensions in use. Falls to a few in a collapse.",
     "views": "Images with the outlines of both crops, and the two views with what was drawn for them.",
@@ -64,6 +64,8 @@ def evaluation_command(settings, folder, on_cpu):
     """The command that evaluates a run of main.py linearly."""
     words = ["python", "main_lincls.py", "--arch", settings["arch"], "--pretrained", os.path.join(folder, BACKBONE)]
     words += ["--features", "cached"] * on_cpu + ["--dataset", settings["dataset"]] * (settings["dataset"] != "cifar10")
+    for name in ("train_size", "validation"):
+        words += [f"--{name}", str(settings[name])] * bool(settings.get(name))
     if settings["dataset"] == "folder":
         words += ["--cache_dir", settings["cache_dir"]] + ["--skip_broken"] * settings["skip_broken"]
     return shlex.join([*words, settings["data_root"]])
