@@ -62,8 +62,8 @@ def make_parser():
     training.add_argument("--learning_rate", type=real_number, metavar="LR", help="default: 0.03 * batch_size / 256")
     training.add_argument("--momentum", type=real_number, default=0.9, metavar="M", help="momentum of SGD")
     training.add_argument("--weight_decay", type=real_number, default=5e-4, metavar="WD", help="weight decay of SGD")
-    training.add_argument("--view_size", metavar="N|N:SHARE,...", help="pixels (default: --image_size); or sizes, the "
-                          "last that of the images, with their shares of the epochs, as 16:0.5,24:0.25,32:0.25")
+    training.add_argument("--view_size", metavar="N|N:SHARE,...", help="pixels (default: --image_size); or sizes "
+                          "with their shares of the epochs, as 16:0.5,24:0.25,32:0.25")
     training.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="random seed")
     study = parser.add_argument_group("the paper's study", "Variants of the method (Sec. 4); ablate.py runs them.")
     study.add_argument("--stop_gradient", action=argparse.BooleanOptionalAction, default=True, help="Sec. 4.1")
@@ -138,7 +138,7 @@ def pretrain(args, device, data, parts, run, state, stop, begin):
             rate = cosine(args.learning_rate, epoch, args.epochs, args.warmup_epochs)
             optimizer.param_groups[0]["lr"] = rate  # the second group of --fix_pred_lr keeps its rate
             order, *draws = draw_epoch(args, epoch, data.train_images, device)
-            size = view_sizes(args.view_size, args.epochs, args.image_size)[epoch]
+            size = view_sizes(args.view_size, args.epochs)[epoch]
             first = done = state["step"]
             metrics = torch.zeros(steps, 2, device=device)                          # loss and std of each step
             metrics[:done] = state["metrics"]
@@ -242,7 +242,7 @@ def prepare(args):
     data = load_dataset(args.dataset, args.data_root, device, **data_options(vars(args)))
     args.image_size = data.train_images.shape[2]
     args.view_size = str(args.image_size) if args.view_size is None else args.view_size
-    view_sizes(args.view_size, args.epochs, args.image_size)  # raises for a bad schedule
+    view_sizes(args.view_size, args.epochs)  # raises for a bad schedule
     args.data = data.digest()
     if args.batch_size > len(data.train_images):
         raise ValueError(f"--batch_size {args.batch_size}: there are {len(data.train_images)} training images")

@@ -216,7 +216,6 @@ def test_bad_folders_are_refused(folder, refused, shapes):
     refused(pretraining.main, [*command, "--train_size", 129], "128 images")
     refused(pretraining.main, [*command, "--data_root", "nowhere"], "nowhere", "no such folder")
     refused(pretraining.main, [*command, "--image_size", 4], "--image_size", "at least 8")
-    refused(pretraining.main, [*command, "--view_size", 16], "--view_size", "last 32")
     (folder / "none").mkdir()
     refused(pretraining.main, [*command, "--data_root", folder / "none"], "no images")
     write_images("FEW/a", shapes.train_images[:9])

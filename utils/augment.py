@@ -53,16 +53,16 @@ def epoch_generator(seed, epoch, device):
     return torch.Generator(device).manual_seed(seed * 1_000_003 + epoch)
 
 
-def view_sizes(schedule, epochs, last=SIZE):
+def view_sizes(schedule, epochs):
     """Size of the views in each epoch, a list of int: of '32', or of '16:0.5,24:0.25,32:0.25', which has the shares of
-    the epochs, in order. Raises ValueError for what is no such schedule, or does not end with the size `last`."""
+    the epochs, in order. Raises ValueError for what is no such schedule."""
     with contextlib.suppress(ValueError):
         parts = [part.split(":") for part in (schedule if ":" in schedule else f"{schedule}:1").split(",")]
         sizes, shares = [int(size) for size, _ in parts], [float(share) for _, share in parts]
-        if min(sizes) >= 8 and sizes[-1] == last and min(shares) > 0 and abs(sum(shares) - 1) < 1e-6:
+        if min(sizes) >= 8 and min(shares) > 0 and abs(sum(shares) - 1) < 1e-6:
             ends = [round(epochs * sum(shares[:i + 1])) for i in range(len(shares))]
             return [next(size for size, end in zip(sizes, ends) if epoch < end) for epoch in range(epochs)]
-    raise ValueError(f"--view_size {schedule}: not sizes of at least 8, the last {last}, with shares that sum to 1")
+    raise ValueError(f"--view_size {schedule}: not sizes of at least 8 with shares that sum to 1")
 
 
 def draw_crops(n, generator, height, width, scale):
