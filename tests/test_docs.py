@@ -135,7 +135,9 @@ def test_the_readmes_numbers_are_those_of_the_logs():
     lbfgs = last_of("cifar10-w16-12ep-cached", "test_top1")
     figures = f"{about['accuracies']['knn200']:.2f} | {about['accuracies']['linear']:.2f} (SGD), {lbfgs:.2f} (L-BFGS)"
     assert f"12 epochs, seed 0 | {figures} | {about['bytes'] / 1e6:.1f} MB |" in text
-    assert f"gives {lbfgs:.2f} % where SGD gives {about['accuracies']['linear']:.2f} %" in text
+    assert f"gives {lbfgs:.2f} % where SGD gives {about['accuracies']['linear']:.2f} %" in " ".join(text.split())
+    for trial in ("long-w16", "end24", "head2048"):
+        assert f" {last_of(f'night-trials/{trial}', 'knn200'):.1f} %" in text
 
 
 def imported(path):
