@@ -195,12 +195,12 @@ def report(args, data, classifier, record, confusion, run):
     record = record or run.records[-1]
     results = {"images": len(data.test_images), **record}
     which = "" if args.evaluate else f"epoch {record['epoch']}, " if args.features == "augmented" else "L-BFGS, "
-    say(f"linear top-1: {record['test_top1']:.2f} % ({which}{len(data.test_images):,} "
-        f"{'test' if args.validation is None else 'validation'} images)")
+    split = "test" if args.validation is None else "validation"
+    say(f"linear top-1: {record['test_top1']:.2f} % ({which}{len(data.test_images):,} {split} images)")
     if args.evaluate is None:
         if args.features == "augmented":
             best = max(run.records, key=lambda each: each["test_top1"])
-            say(f"best epoch ({best['epoch']}): {best['test_top1']:.2f} %, chosen on the test images: not the result")
+            say(f"best epoch ({best['epoch']}): {best['test_top1']:.2f} %, chosen on {split} images: not the result")
             results |= {"best_epoch": best["epoch"], "best_top1": best["test_top1"]}
         weights = {name: value.cpu() for name, value in classifier.state_dict().items()}
         run.attempt(checkpoint.save, run.path("classifier.pt"), weights)

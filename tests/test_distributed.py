@@ -188,8 +188,8 @@ def test_divergence_ends_both(here):
 
 @pytest.mark.slow
 def test_a_checkpoint_of_two_processes_is_resumed_by_one_and_the_other_way_round(here, no_gpu, capsys):
-    """The losses are close, though not the same bits: at this low learning rate, at the recipe's the statistics of half
-    batches and rounding lead to other losses within ten steps of so small a network."""
+    """The losses are close, though not the same bits. The learning rate is low: at SMALL's, the statistics of half
+    batches and rounding lead so small a network to other losses within ten steps."""
     options = "--epochs", "2", "--eval_freq", "9", "--learning_rate", "3e-3", "--seed", "1"
     stop, resume = (*options, "--max_minutes", "0"), (*options, "--resume", "auto")
     code, output, error = finish(torchrun(*SMALL, "two-one", *stop))

@@ -1,5 +1,6 @@
 """main_lincls.py end to end, and its two protocols against references."""
 import os
+import shlex
 import signal
 
 import pytest
@@ -10,6 +11,7 @@ import simsiam
 from utils import checkpoint, log
 from utils.augment import crop_flip, draw_views, epoch_generator, normalize
 from utils.data import balanced_subset
+from utils.report import evaluation_command
 
 
 def results(trial):
@@ -29,7 +31,7 @@ def test_evaluates_what_main_wrote(run_lincls, finished_run, capsys, features):
     if features == "augmented":
         best = max(record["test_top1"] for record in records)
         assert [record["epoch"] for record in records] == [1, 2, 3, 4, 5] and found["best_top1"] == best
-        assert f"{best:.2f} %, chosen on the test images" in output
+        assert f"{best:.2f} %, chosen on test images" in output
     assert {"classifier.pt", "config.json", "log.jsonl", "results.json"} <= set(os.listdir("experiments/eval"))
 
 
@@ -191,8 +193,17 @@ def test_numbers_that_are_not_finite_are_no_result(run_lincls, capsys):
 
 
 def test_validation_images_are_named_and_classified_instead_of_test_images(run_lincls, capsys):
-    assert run_lincls("--features", "cached", "--validation", 50, "--trial", "a") == 0
-    assert "50 validation images)" in capsys.readouterr().out and results("a")["images"] == 50
+    assert run_lincls("--epochs", 1, "--validation", 50, "--trial", "a") == 0
+    output = capsys.readouterr().out
+    assert "50 validation images)" in output and "chosen on validation images" in output
+    assert results("a")["images"] == 50
+
+
+def test_the_next_command_has_the_images_of_the_run():
+    settings = {"arch": "resnet18", "dataset": "cifar10", "data_root": "data", "train_size": 500, "validation": 50}
+    words = shlex.split(evaluation_command(settings, "run", on_cpu=True))
+    args = main_lincls.make_parser().parse_args(words[2:])
+    assert (args.train_size, args.validation, args.data_root) == (500, 50, "data")
 
 
 def test_a_class_without_test_images_has_no_accuracy(run_lincls, no_gpu):

@@ -65,7 +65,8 @@ def evaluation_command(settings, folder, on_cpu):
     words = ["python", "main_lincls.py", "--arch", settings["arch"], "--pretrained", os.path.join(folder, BACKBONE)]
     words += ["--features", "cached"] * on_cpu + ["--dataset", settings["dataset"]] * (settings["dataset"] != "cifar10")
     for name in ("train_size", "validation"):
-        words += [f"--{name}", str(settings.get(name))] * bool(settings.get(name))
+        if settings.get(name):
+            words += [f"--{name}", str(settings[name])]
     if settings["dataset"] == "folder":
         words += ["--cache_dir", settings["cache_dir"]] + ["--skip_broken"] * settings["skip_broken"]
     return shlex.join([*words, settings["data_root"]])
