@@ -22,7 +22,7 @@ def simsiam_resnet18_cifar10(pretrained=True, folder=_WEIGHTS):
 
 
 def simsiam_resnet18_w16_cifar10(pretrained=True, folder=_WEIGHTS):
-    """The same at a quarter of the width (0.70 M parameters), from a short CPU run -> features [B, 128]."""
+    """The same at a quarter of the width (0.70 M parameters), from two hours of one CPU core -> features [B, 128]."""
     return _load("simsiam_resnet18_w16_cifar10", 16, folder) if pretrained else _resnet18(16).eval()
 
 

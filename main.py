@@ -2,10 +2,10 @@
 
     python main.py --data_root DIR --gpu 0
 
-On a CPU: CIFAR-10 at a quarter of the width (50 minutes on one core, kNN 65 %), or the built-in shapes (minutes):
+On a CPU: CIFAR-10 at a quarter of the width (two hours on one core, kNN 68 %), or the built-in shapes (minutes):
 
     python main.py --data_root data --width 16 --dim 512 --pred_dim 128 --batch_size 64 --learning_rate 0.04 \\
-        --view_size 16:0.75,24:0.25 --epochs 44
+        --view_size 16:0.75,24:0.25 --epochs 84
     python main.py --dataset shapes --width 8 --batch_size 64 --learning_rate 0.03 --dim 512 --pred_dim 128 --epochs 8
 
 On several GPUs: torchrun --standalone --nproc_per_node 4 main.py --data_root DIR (docs/distributed.md).
