@@ -138,7 +138,7 @@ def test_the_readmes_numbers_are_those_of_the_logs():
     text = " ".join(text.split())
     seconds = sum(record["seconds"] for record in log.read(str(REPO / "logs" / "cifar10-w16-84ep")))
     knn, linear = (f"{about['accuracies_before_rounding'][name]:.2f} %" for name in ("knn200", "linear"))
-    assert f"One core takes {seconds / 60:.0f} minutes: kNN {knn}, linear {linear}" in text
+    assert f"One core takes {seconds / 60:.0f} minutes of steps: kNN {knn}, linear {linear}" in text
     for trial in ("long-w16", "end24", "head2048"):
         assert f" {last_of(f'night-trials/{trial}', 'knn200'):.1f} %" in text
 
