@@ -114,7 +114,7 @@ def test_a_release_of_what_does_not_belong_together_is_refused(runs, tmp_path, r
 
 def test_torch_hub_loads_from_a_clone_beside_the_callers_own_utils(tmp_path):
     (tmp_path / "utils.py").write_text(f"""import torch
-for name, dim in (("simsiam_resnet18_cifar10", 512), ("{NAME}", 128)):
+for name, dim in (("simsiam_resnet18_cifar10", 512), ("simsiam_resnet18_w32_cifar10", 256), ("{NAME}", 128)):
     backbone = torch.hub.load("{REPO}", name, source="local", pretrained=False)
     assert backbone(torch.zeros(1, 3, 32, 32)).shape == (1, dim)
 backbone, weights = torch.hub.load("{REPO}", name, source="local"), torch.load("{REPO}/weights/{NAME}.pt")
