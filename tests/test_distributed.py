@@ -40,7 +40,8 @@ def finish(process):
     output, error = process.communicate(timeout=120)
     assert "UserWarning" not in error, error
     assert not processes_of("experiments") and time.monotonic() - begin < 60
-    return process.returncode, output, [line for line in error.splitlines() if line.startswith(("main.py:", "warning:"))]
+    messages = [line for line in error.splitlines() if line.startswith(("main.py:", "warning:"))]
+    return process.returncode, output, messages
 
 
 def processes_of(folder, rank=None):
@@ -77,7 +78,8 @@ def reference(dtype, monkeypatch, words):
     running statistics are those of the first half."""
     if dtype == torch.float64:
         import in_float64
-        for module, name in ((pretraining, "apply_two_views"), (pretraining, "monitor"), (pretraining.simsiam, "SimSiam")):
+        names = (pretraining, "apply_two_views"), (pretraining, "monitor"), (pretraining.simsiam, "SimSiam")
+        for module, name in names:
             monkeypatch.setattr(module, name, getattr(module, name))  # to be restored
         monkeypatch.setitem(pretraining.DISTANCES, "cosine", None)
         in_float64.patch()
@@ -229,7 +231,8 @@ def test_processes_that_draw_other_images_do_not_train(monkeypatch):
 
 def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(device, "processes", 4)
-    for name, value in (("is_available", lambda: True), ("device_count", lambda: 2), ("set_device", lambda device: None)):
+    replaced = dict(is_available=lambda: True, device_count=lambda: 2, set_device=lambda device: None)
+    for name, value in replaced.items():
         monkeypatch.setattr(torch.cuda, name, value)
     for local_rank in ("0", "1"):
         monkeypatch.setenv("LOCAL_RANK", local_rank)

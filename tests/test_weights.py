@@ -127,7 +127,8 @@ def test_two_backbones_do_not_become_one(capsys):
     ("online_encoder.", "target_encoder."), ("backbone.", "ema."), ("student.backbone.", "teacher."),
     ("backbone.", "momentum_backbone."), ("encoder_q.", "encoder_k."), ("model.net.", "model_ema."),
     ("a.b.", "modelEma."), ("onlineModel.", "emaModel."), ("encoder_query.", "encoder_key."), ("encoder.", "encoderK."),
-    ("encoder.", "shadow."), ("mean_teacher.student.", "mean_teacher.teacher."), ("byol_ema.online.", "byol_ema.target."),
+    ("encoder.", "shadow."), ("mean_teacher.student.", "mean_teacher.teacher."),
+    ("byol_ema.online.", "byol_ema.target."),
 ])
 @pytest.mark.parametrize("separate", [False, True])
 def test_of_two_backbones_the_online_one_is_taken(online, average, separate, capsys):
