@@ -29,3 +29,9 @@ def feature_std(z):
     2 / sqrt(B) instead: all outputs but one point the same way."""
     z = F.normalize(z.float(), dim=1)
     return z.std(dim=0).mean() * z.shape[1] ** 0.5
+
+
+DISTANCES = {"cosine": negative_cosine, "cross_entropy": cross_entropy}  # Sec. 4.5
+LOSSES = {  # Sec. 4.6; asymmetric_2x is the mean of the asymmetric loss over two pairs of views
+    "symmetric": simsiam_loss, "asymmetric": asymmetric_loss, "asymmetric_2x": asymmetric_loss,
+}

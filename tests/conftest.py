@@ -68,9 +68,8 @@ def no_gpu(monkeypatch):
 @pytest.fixture
 def no_figures(monkeypatch):
     """Figures take most of the time of a small run, and have tests of their own."""
-    monkeypatch.setattr(pretraining, "plot_views", lambda *args: None)
-    for module in (pretraining, main_lincls):
-        monkeypatch.setattr(module, "draw_run", lambda *args: None)
+    monkeypatch.setattr("utils.plot.plot_views", lambda *args: None)
+    monkeypatch.setattr("utils.report.draw_run", lambda *args: None)
 
 
 @pytest.fixture

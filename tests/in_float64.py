@@ -8,13 +8,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main  # noqa: E402
 import simsiam  # noqa: E402
+from utils import augment, knn  # noqa: E402
 
 
 def patch():
-    views, model = main.apply_two_views, simsiam.SimSiam
-    main.apply_two_views = lambda *args: [view.double() for view in views(*args)]
-    main.DISTANCES["cosine"] = lambda p, z: -F.cosine_similarity(p, z, dim=1).mean()
-    main.monitor = lambda *args: {}  # it evaluates in float32
+    make_views, model = augment.make_views, simsiam.SimSiam
+    augment.make_views = lambda *args: [view.double() for view in make_views(*args)]
+    simsiam.DISTANCES["cosine"] = lambda p, z: -F.cosine_similarity(p, z, dim=1).mean()
+    knn.monitor = lambda *args: {}  # it evaluates in float32
     simsiam.SimSiam = lambda *args: model(*args).double()
 
 

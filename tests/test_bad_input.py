@@ -28,7 +28,6 @@ from utils import checkpoint
     ("--learning_rate nan", ["--learning_rate", "finite"]),
     ("--batch_size 1", ["--batch_size", "at least 2"]),
     ("--batch_size 129", ["--batch_size 129", "128 training images"]),
-    ("--crop_scale 1.5", ["--crop_scale", "at most 1"]),
     ("--num_proj_layers 4", ["--num_proj_layers", "4"]),
     ("--warmup_epochs 800", ["--warmup_epochs 800", "800 epochs"]),
     ("--fix_pred_lr --predictor none", ["--fix_pred_lr", "--predictor none"]),
@@ -37,10 +36,9 @@ from utils import checkpoint
     ("--gpu -1", ["--gpu -1"]),
     ("--trial a/b", ["a/b", "plain folder name"]),
     ("--trial ..", ["plain folder name"]),
-    ("--epoch 3", ["--epoch 3", "did you mean --epochs?"]),
-    ("--weight-decay 0", ["did you mean --weight_decay?"]),
-    ("--lr 0.1", ["did you mean --learning_rate?"]),
-    ("--dataset cifar-10", ["did you mean cifar10?"]),
+    ("--epoch 3", ["--epoch 3"]),
+    ("--weight-decay 0", ["--weight-decay"]),
+    ("--dataset cifar-10", ["cifar10"]),
     ("--resume ''", ["'': No such file"]),
     ("--resume .", ["is a folder"]),
     ("--resume nowhere.pt", ["'nowhere.pt': No such file"]),
@@ -59,12 +57,11 @@ def test_main_refuses(refused, no_gpu, args, words):
     ("--fraction 0", ["--fraction", "above 0"]),
     ("--std 0 1 1", ["--std", "above 0"]),
     ("--features cached --weight_decay 0", ["--weight_decay 0", "converge"]),
-    ("--width 8", ["width"]),
     ("--arch resnet34", ["resnet18 of width 4"]),
     ("--pretrained none.pt", ["'none.pt': No such file"]),
     ("--evaluate none.pt", ["none.pt"]),
     ("--evaluate a --resume auto", ["--evaluate"]),
-    ("--learning_rate 1", ["did you mean"]),
+    ("--learning_rate 1", ["--learning_rate"]),
 ])
 def test_main_lincls_refuses(refused, no_gpu, finished_run, args, words):
     base = ["--dataset", "shapes", "--train_size", "128", "--test_size", "100"]
@@ -74,9 +71,9 @@ def test_main_lincls_refuses(refused, no_gpu, finished_run, args, words):
 
 @pytest.mark.parametrize("main, args, words", [
     (main_lincls.main, "--dataset shapes", ["--pretrained", "required"]),
-    (export.main, "feature --pretrained a --output b", ["did you mean features?"]),
-    (export.main, "check simsiam_resnet18", ["did you mean simsiam_resnet18_cifar10?"]),
-    (ablate.main, "predicter", ["did you mean predictor?"]),
+    (export.main, "feature --pretrained a --output b", ["feature", "release"]),
+    (export.main, "check simsiam_resnet18", ["simsiam_resnet18_cifar10"]),
+    (ablate.main, "predicter", ["predicter", "predictor"]),
 ])
 def test_other_scripts_refuse(refused, main, args, words):
     refused(main, args.split(), *words)

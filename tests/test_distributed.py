@@ -17,8 +17,8 @@ import torch.nn.functional as F
 import main as pretraining
 from conftest import REPO
 from test_main import assert_same_run, log_of
-from utils import checkpoint, device
-from utils.augment import apply_two_views
+from utils import checkpoint, device, distributed
+from utils.augment import make_views
 
 SMALL = ("--dataset shapes --train_size 640 --test_size 100 --width 4 --dim 32 --pred_dim 16 --batch_size 32 "
          "--learning_rate 0.05 --precision fp32 --exp_dir experiments --trial").split()
@@ -78,28 +78,28 @@ def reference(dtype, monkeypatch, words):
     running statistics are those of the first half."""
     if dtype == torch.float64:
         import in_float64
-        names = (pretraining, "apply_two_views"), (pretraining, "monitor"), (pretraining.simsiam, "SimSiam")
+        names = (pretraining.augment, "make_views"), (pretraining.knn, "monitor"), (pretraining.simsiam, "SimSiam")
         for module, name in names:
             monkeypatch.setattr(module, name, getattr(module, name))  # to be restored
-        monkeypatch.setitem(pretraining.DISTANCES, "cosine", None)
+        monkeypatch.setitem(pretraining.simsiam.DISTANCES, "cosine", None)
         in_float64.patch()
     args = pretraining.make_parser().parse_args(words)
-    _, data, parts = pretraining.prepare(args)
-    model = parts["model"].train()
-    order, *draws = pretraining.draw_epoch(args, 0, data.train_images, torch.device("cpu"))
+    _, device, data, model, optimizer, _ = pretraining.prepare(args)
+    model.train()
+    order, draws = pretraining.draw_epoch(args, 0, data.train_images, device)
     for step in range(len(data.train_images) // args.batch_size):
-        parts["optimizer"].zero_grad()
+        optimizer.zero_grad()
         before = {name: value.clone() for name, value in model.named_buffers()}
         for half in (1, 0):
             for name, value in model.named_buffers():
                 value.copy_(before[name])
             first = step * args.batch_size + half * args.batch_size // 2
             rows = slice(first, first + args.batch_size // 2)
-            x1, x2 = apply_two_views(data.train_images[order[rows]], *(each.rows(rows) for each in draws), 32)
+            x1, x2 = make_views(data.train_images[order[rows]], [each.rows(rows) for each in draws], 32)
             p1, p2, z1, z2 = model(x1.to(dtype), x2.to(dtype))
             loss = -(F.cosine_similarity(p1, z2).mean() + F.cosine_similarity(p2, z1).mean()) / 2
             (loss / 2).backward()
-        parts["optimizer"].step()
+        optimizer.step()
     return model.state_dict()
 
 
@@ -200,16 +200,16 @@ def test_a_checkpoint_of_two_processes_is_resumed_by_one_and_the_other_way_round
     pretraining.main([*SMALL, "one", *options])
     capsys.readouterr()
     assert pretraining.main([*SMALL, "two-one", *resume]) == 0
-    assert re.search("of .*2 processes.*not bit for bit", capsys.readouterr().err)
+    assert re.search("written on .*2 processes.*not bit-identical", capsys.readouterr().err)
     code, _, error = finish(torchrun(*SMALL, "one-two", *resume))
-    assert code == 0 and len(error) == 1 and "not bit for bit" in error[0]
+    assert code == 0 and len(error) == 1 and "not bit-identical" in error[0]
     losses = [[record["loss"] for record in log_of(trial)] for trial in ("one", "two-one", "one-two")]
     assert all(other == pytest.approx(losses[0], abs=0.02) for other in losses[1:])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("args, words", [
-    ("--batch_size 33", "not a multiple of 2"), ("--batch_sise 32", "did you mean --batch_size?"),
+    ("--batch_size 33", "must be a multiple of 2 and at least 4"), ("--batch_sise 32", "--batch_sise 32"),
 ])
 def test_bad_input_is_one_line_of_one_process(here, args, words):
     process = torchrun(*SMALL[:-1], *args.split())
@@ -222,11 +222,12 @@ def test_bad_input_is_one_line_of_one_process(here, args, words):
 
 
 def test_processes_that_draw_other_images_do_not_train(monkeypatch):
-    monkeypatch.setattr(device, "gather", lambda value: [value, [3, 2, 1]])
+    monkeypatch.setattr(distributed, "processes", 2)
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, [3, 2, 1]])
     with pytest.raises(ValueError, match="process 1 has another order of the images than process 0"):
-        device.require_same("another order of the images", [1, 2, 3])
-    monkeypatch.setattr(device, "gather", lambda value: [value, value])
-    device.require_same("another order of the images", [1, 2, 3])
+        distributed.require_same("another order of the images", [1, 2, 3])
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, value])
+    distributed.require_same("another order of the images", [1, 2, 3])
 
 
 def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
@@ -247,21 +248,21 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
 def test_synchronized_batch_norm_keeps_the_names(monkeypatch):
     args = pretraining.make_parser().parse_args(SMALL[:-1])
     args.bn_batch = args.batch_size
-    local = pretraining.build(args, torch.device("cpu"))["model"]
-    monkeypatch.setattr(pretraining, "processes", 2)
-    model = pretraining.build(args, torch.device("cpu"))["model"]
+    local = pretraining.build(args, torch.device("cpu"))[0]
+    monkeypatch.setattr(distributed, "processes", 2)
+    model = pretraining.build(args, torch.device("cpu"))[0]
     kinds = [type(module) for module in model.modules()]
     assert kinds.count(torch.nn.SyncBatchNorm) == 23 and not {torch.nn.BatchNorm1d, torch.nn.BatchNorm2d} & {*kinds}
     assert list(model.state_dict()) == list(local.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), local.state_dict().values()))
-    monkeypatch.setattr(pretraining, "compile_for", lambda *args: "compiled")
-    monkeypatch.setattr(pretraining, "average_gradients", lambda model, function: function)
-    args.compile = None
-    assert pretraining.make_forward(args, model, torch.device("cpu"), 1) != "compiled"
+    monkeypatch.setattr(device, "compile_for", lambda *args: "compiled")
+    monkeypatch.setattr(distributed, "average_gradients", lambda model, function: function)
+    args.steps, args.compile = 1, None
+    assert pretraining.make_forward(args, model, torch.device("cpu")) != "compiled"
     args.compile = True
-    assert pretraining.make_forward(args, model, torch.device("cpu"), 1) == "compiled"
+    assert pretraining.make_forward(args, model, torch.device("cpu")) == "compiled"
     args.bn_batch = args.batch_size // 2  # --no-sync_bn, or a CPU
-    kinds = [type(module) for module in pretraining.build(args, torch.device("cpu"))["model"].modules()]
+    kinds = [type(module) for module in pretraining.build(args, torch.device("cpu"))[0].modules()]
     assert torch.nn.SyncBatchNorm not in kinds
     monkeypatch.setattr(device, "processes", 2)  # 17 images each: channels_last would corrupt memory
     assert device.memory_layout(torch.device("cpu"), 8, 34) == torch.contiguous_format
@@ -279,12 +280,11 @@ def test_a_request_to_stop_reaches_all_one_step_later(monkeypatch):
                 each.fill_(max(each.item() for each in calls[-3:]))
         return SimpleNamespace(wait=lambda: None)
 
-    monkeypatch.setattr(device, "processes", 3)
-    monkeypatch.setattr(device.distributed, "all_reduce", all_reduce)
-    stops = [SimpleNamespace(requested=False, signaled=False, exit_code=0) for _ in range(3)]
-    agreements = [device.Agreement(stop) for stop in stops]
-    assert [each.reached() for each in agreements] == 3 * [False]
-    stops[1].requested, stops[1].exit_code = True, 143
-    assert [each.reached() for each in agreements] == 3 * [False]
-    assert [each.reached() for each in agreements] == 3 * [True]
-    assert [(stop.signaled, stop.exit_code) for stop in stops] == 3 * [(True, 143)]
+    monkeypatch.setattr(distributed, "processes", 3)
+    monkeypatch.setattr(distributed.distributed, "all_reduce", all_reduce)
+    stops = [distributed.StopRequest() for _ in range(3)]
+    assert [stop.agreed() for stop in stops] == 3 * [False]
+    stops[1].note(signal.SIGTERM, None)
+    assert [stop.agreed() for stop in stops] == 3 * [False]
+    assert [stop.agreed() for stop in stops] == 3 * [True]
+    assert [(stop.requested, stop.exit_code) for stop in stops] == 3 * [(True, 143)]

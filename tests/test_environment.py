@@ -1,5 +1,4 @@
 """Where the scripts are started: notebooks, threads, odd streams and locales, queues, launchers, other systems."""
-import argparse
 import os
 import re
 import signal
@@ -97,9 +96,6 @@ def test_paths_are_expanded_in_every_option(tmp_path, monkeypatch):
     assert args.exp_dir == str(tmp_path / "home" / "runs é") and args.data_root == "/scratch dir//scratch dir"
     (tmp_path / "a$SCRATCH").touch()
     assert cli.file_path("a$SCRATCH") == "a$SCRATCH"
-    for text in ("$UNSET_VARIABLE/x", "~nobody_of_this_name/x"):
-        with pytest.raises(argparse.ArgumentTypeError, match="no such user or environment variable"):
-            cli.file_path(text)
 
 
 def test_an_fp16_checkpoint_goes_on_in_the_precision_that_is_typed(run_main, refused, no_gpu, capsys):

@@ -31,7 +31,9 @@ def autocast_available(monkeypatch):
 
 def settings(options):
     words = ["--precision", "bf16", "--dim", "16", "--pred_dim", "8", "--width", "4", "--batch_size", "8"]
-    return pretraining.make_parser().parse_args([*words, *("1" if word == ablate.WARMUP else word for word in options)])
+    args = pretraining.make_parser().parse_args([*words, *("1" if word == ablate.WARMUP else word for word in options)])
+    args.steps, args.bn_batch = 1, args.batch_size
+    return args
 
 
 def fake_step(options, make_backbone):
@@ -42,7 +44,7 @@ def fake_step(options, make_backbone):
                                 args.predictor, args.stop_gradient)
         images = torch.empty(8, 3, 32, 32, dtype=torch.uint8)
     draws = [fake_draws(8) for _ in range(4 if args.symmetry == "asymmetric_2x" else 2)]
-    return pretraining.make_forward(args, model, CUDA, steps=1), (images, 32, *draws)
+    return pretraining.make_forward(args, model, CUDA), (images, 32, draws)
 
 
 def fake_draws(n):
@@ -85,7 +87,7 @@ def test_a_step_is_one_graph(options):
         forward, inputs = fake_step(options, lambda: ResNet(BasicBlock, (1, 1, 1, 1), 4))
         compiled = torch.compile(forward, fullgraph=True, dynamic=False, backend=backend)
         for size in (16, 32, 16, 32) if not options else (32,):
-            compiled(inputs[0], size, *inputs[2:])
+            compiled(inputs[0], size, inputs[2])
     assert len(graphs) == (2 if not options else 1)
 
 
@@ -94,7 +96,7 @@ def test_features_and_neighbors_stay_on_the_gpu():
         with CUDA:
             backbone, images = simsiam.resnet18(4), torch.empty(700, 3, 32, 32, dtype=torch.uint8)
             labels = torch.empty(700, dtype=torch.int64)
-        autocast = pretraining.autocast(CUDA, "bf16")
+        autocast = pretraining.devices.autocast(CUDA, "bf16")
         with NoTransfer():
             features = extract_features(backbone, images, autocast)
             predicted = knn_predict(features[:300], features, labels, 200, 0.1, 10)

@@ -12,7 +12,8 @@ import torch
 import main as pretraining
 import simsiam
 from conftest import REPO, SMALL
-from utils import checkpoint, cli, log
+from utils import checkpoint, cli, distributed, log
+from utils.device import processor
 from utils.run import Run
 
 TIMES = ("seconds", "time", "views_per_s")
@@ -62,7 +63,7 @@ def at_step(count, monkeypatch, act):
 
 def test_the_folder_of_a_run_is_complete(finished_run):
     assert sorted(os.listdir(finished_run)) == [
-        "backbone.pt", "checkpoint-previous.pt", "checkpoint.pt", "config.json", "effective-rank.png", "log.jsonl",
+        ".lock", "backbone.pt", "checkpoint-previous.pt", "checkpoint.pt", "config.json", "effective-rank.png", "log.jsonl",
         "loss-plot.png", "report.html", "std.png", "top1-acc.png", "untrained.pt", "views.png",
     ]
     untrained, *records = log.read(finished_run)
@@ -125,23 +126,22 @@ def kill_at(monkeypatch, owner, name, count, *args):
 
 
 @pytest.mark.parametrize("name, owner, count", [
-    ("step", torch.optim.SGD, 7), ("vote", sys.modules["utils.knn"], 3), ("append", log, 3), ("fsync", os, 9),
-    ("save", checkpoint, 5), ("replace", os, 9), ("truncate", log, 1),
+    ("step", torch.optim.SGD, 7), ("vote", sys.modules["utils.knn"], 3), ("write", log, 5), ("fsync", os, 19),
+    ("save", checkpoint, 5), ("replace", os, 13), ("write", log, 1),
 ])
 def test_a_killed_run_resumes_exactly_with_one_line_an_epoch(whole, run_main, monkeypatch, no_gpu, name, owner, count):
     """Killed in a step, in kNN, before a log line, between log line and checkpoint, inside a write, at the start."""
-    kill_at(monkeypatch, owner, name, count, *WHOLE, "--save_freq", 2, "--trial", "killed")
+    kill_at(monkeypatch, owner, name, count, *WHOLE, "--trial", "killed")
     assert run_main(*WHOLE, "--trial", "killed", "--resume", "auto") == 0
     assert [line["epoch"] for line in log_of("killed")] == [0, 1, 2, 3]
     assert_same_run(whole, "killed")
 
 
 def test_a_line_that_a_kill_left_unfinished_is_dropped(whole, run_main, no_gpu):
-    assert run_main(*WHOLE, "--trial", "torn", "--save_freq", 1) == 0
+    assert run_main(*WHOLE, "--trial", "torn") == 0
     os.replace("experiments/torn/checkpoint-previous.pt", "experiments/torn/checkpoint.pt")
     with open("experiments/torn/log.jsonl", "a") as file:
         file.write('{"epoch": 4, "lo')
-    assert len(log.read("experiments/torn")) == 4
     assert run_main("--resume", "auto", "--trial", "torn") == 0
     assert_same_run(whole, "torn")
 
@@ -197,7 +197,7 @@ def test_a_signal_does_not_wait_for_the_knn(whole, run_main, monkeypatch, no_gpu
 def test_a_time_limit_exits_with_zero_and_slices_are_one_run(whole, run_main, monkeypatch, no_gpu):
     for _ in range(2):
         with monkeypatch.context() as patch:  # the clock jumps behind the limit in the fifth step
-            at_step(3, patch, lambda: patch.setattr(cli.StopRequest, "requested", True))
+            at_step(3, patch, lambda: patch.setattr(distributed.StopRequest, "requested", True))
             assert run_main(*WHOLE, "--trial", "slices", "--resume", "auto", "--max_minutes", 10) == 0
     state = checkpoint.load("experiments/slices/checkpoint.pt")
     assert state["epoch"] == 1
@@ -220,7 +220,7 @@ def test_resume_auto_takes_the_latest_checkpoint_and_knows_what_is_finished(run_
 
 
 def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(whole, run_main, no_gpu, capsys):
-    run_main(*WHOLE, "--save_freq", 1, "--trial", "damaged")
+    run_main(*WHOLE, "--trial", "damaged")
     with open("experiments/damaged/checkpoint.pt", "r+b") as file:
         file.seek(20_000)
         file.write(b"damage")
@@ -229,17 +229,37 @@ def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(whole, run_main, n
     assert_same_run(whole, "damaged")
 
 
-@pytest.mark.parametrize("seconds, expected", [(0, [0, 1, 2, 3]), (60, [0, 3])])
-def test_checkpoints_are_not_written_more_often_than_each_minute(run_main, monkeypatch, seconds, expected):
-    epochs, usual = [], Run.write
+@pytest.mark.parametrize("seconds, expected", [(0, [(0, 0), (0, 4), (1, 4), (2, 4), (3, 0)]),
+                                               (60, [(0, 0), (2, 4), (3, 0)])])
+def test_checkpoints_are_written_each_minute_and_before_the_first_knn(run_main, monkeypatch, seconds, expected):
+    positions, usual = [], Run.write
 
-    def write(run, files=(), epoch=None):
-        epochs.extend([epoch] * (epoch is not None))
-        usual(run, files, epoch)
+    def write(run, position):
+        positions.append((position.epoch, position.step))
+        usual(run, position)
 
     monkeypatch.setattr(Run, "write", write)
     monkeypatch.setattr(pretraining, "SAVE_SECONDS", seconds)
-    assert run_main("--epochs", 3, "--save_freq", 1) == 0 and epochs == expected
+    assert run_main("--epochs", 3) == 0 and positions == expected
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_knn_that_cannot_be_made_costs_no_training(whole, run_main, monkeypatch, no_gpu, capsys, error):
+    """What is trained is on the disk before the kNN; without kNN the same weights are trained."""
+    saved = []
+
+    def fails(*args, **options):
+        state = checkpoint.load("experiments/run/checkpoint.pt")
+        saved.append((state["epoch"], state["step"]))
+        raise error
+
+    monkeypatch.setattr("utils.knn.monitor", fails)
+    assert run_main("--epochs", 3, "--eval_freq", 1, "--trial", "run") == 0
+    assert saved == [(0, 4), (1, 4), (2, 4)] and capsys.readouterr().err.count("no kNN (") == 3
+    assert [(line["epoch"], "knn1" in line) for line in log_of("run")] == [(1, False), (2, False), (3, False)]
+    first, second = (torch.load(f"{folder}/backbone.pt") for folder in (whole, "experiments/run"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("schedule, sizes", [
@@ -273,17 +293,20 @@ def test_bad_schedules_are_refused(refused, schedule):
 
 def test_a_run_has_one_process_at_a_time(run_main, refused, no_gpu):
     assert run_main("--epochs", 1, "--trial", "run", "--max_minutes", 0) == 0
-    run = Run("experiments/run", 0)
-    refused(pretraining.main, ["--resume", "auto"], "experiments/run: another process")
-    run.lock.close()
+    with checkpoint.lock("experiments/run/.lock"):
+        refused(pretraining.main, ["--resume", "auto"], "experiments/run: another process")
     assert run_main("--resume", "auto") == 0
 
 
-def test_another_machine_is_said(run_main, no_gpu, monkeypatch, capsys):
+def test_each_slice_is_recorded_and_another_machine_is_said(run_main, no_gpu, monkeypatch, capsys):
     assert run_main("--epochs", 1, "--trial", "run", "--max_minutes", 0) == 0
-    monkeypatch.setattr("utils.run.machine", lambda device: {"device": "another"})
+    monkeypatch.setattr("utils.run.machine", lambda device: {"device": "another", "processor": "Z80", "torch": "9"})
     assert run_main("--resume", "auto") == 0
-    assert "not bit for bit" in capsys.readouterr().err
+    assert "resuming on another, Z80, 9: not bit-identical" in capsys.readouterr().err
+    config = checkpoint.read_json("experiments/run/config.json")
+    first, second = config["slices"]
+    assert first == {key: config[key] for key in first} and first["epoch"] == second["epoch"] == 0
+    assert first["processor"] == processor() and second["processor"] == "Z80" and second["commit"] == first["commit"]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -291,7 +314,7 @@ def test_another_machine_is_said(run_main, no_gpu, monkeypatch, capsys):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_the_checkpoint_before(run_main, capsys):
-    assert run_main("--epochs", 3, "--learning_rate", 1e30, "--trial", "run", "--save_freq", 1) == 1
+    assert run_main("--epochs", 3, "--learning_rate", 1e30, "--trial", "run") == 1
     error = capsys.readouterr().err
     assert "epoch 1, step 2 of 4: the loss is not finite" in error and "--learning_rate (1e+30)" in error
     state = checkpoint.load("experiments/run/checkpoint.pt")
@@ -300,7 +323,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_checkpoint_before(run_m
 
 def test_weights_that_are_not_finite_are_not_saved(run_main, capsys):
     """One step an epoch, whose loss is finite and whose update is not."""
-    settings = ("--batch_size", 128, "--epochs", 3, "--save_freq", 1, "--trial", "run")
+    settings = ("--batch_size", 128, "--epochs", 3, "--trial", "run")
     assert run_main(*settings, "--learning_rate", 1e300) == 1
     assert "a weight is not finite" in capsys.readouterr().err
     assert checkpoint.load("experiments/run/checkpoint.pt")["epoch"] == 0
@@ -308,7 +331,7 @@ def test_weights_that_are_not_finite_are_not_saved(run_main, capsys):
 
 @pytest.mark.parametrize("writes, code", [((7, 8), 0), (range(7, 100), 1)])
 def test_a_full_disk_costs_no_epoch_if_there_is_room_again(whole, run_main, monkeypatch, no_gpu, capsys, writes, code):
-    """Flushes 7 and 8 are those of the first epoch's log line and backbone.pt. Without room to the end it is an error,
+    """Flushes {writes} are of the first epoch's log and backbone.pt. Without room to the end it is an error,
     and the last checkpoint is kept."""
     usual, calls = os.fsync, []
 
@@ -321,7 +344,7 @@ def test_a_full_disk_costs_no_epoch_if_there_is_room_again(whole, run_main, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
-        assert run_main(*WHOLE, "--save_freq", 1, "--trial", "run") == code
+        assert run_main(*WHOLE, "--trial", "run") == code
     error = capsys.readouterr().err
     assert "log.jsonl could not be written (No space left on device); the run continues" in error
     assert ("everything after epoch 0 is lost" in error) == (code == 1)
@@ -336,9 +359,9 @@ def test_figures_that_fail_do_not_end_a_run(run_main, monkeypatch, capsys):
     def broken(folder):
         raise KeyError("config.json was edited")
 
-    monkeypatch.setattr(pretraining, "draw_run", broken)
+    monkeypatch.setattr("utils.report.draw_run", broken)
     assert run_main("--epochs", 1) == 0
-    assert "no figures" in capsys.readouterr().err
+    assert "no plots ('config.json was edited')" in capsys.readouterr().err
 
 
 def test_a_collapse_is_warned_of_with_its_cause(run_main, monkeypatch, capsys):
@@ -358,21 +381,20 @@ def test_quiet_prints_the_result_alone(run_main, capsys):
     assert output.startswith("experiments/1: loss ") and output.count("\n") == 1 and error == ""
 
 
-def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch, capsys):
-    """1,000 epochs of 1 s: a line every 30 s, and those that are kept."""
+def test_without_a_terminal_there_is_a_line_an_epoch(monkeypatch, capsys):
+    """1,000 epochs of 1 s."""
     now = [0.0]
     monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(cli, "quiet", False)
     with cli.Progress(1000, 0) as progress:
         for epoch in range(1000):
             for step in range(1, 11):
                 now[0] += 0.1
                 progress.advance(epoch + step / 10)
-            progress.advance(epoch + 1, f"loss {epoch}", keep=(epoch + 1) % 250 == 0)
+            progress.advance(epoch + 1, f"loss {epoch}")
     output, error = capsys.readouterr()
     lines = output.splitlines()
-    assert error == "" and 32 <= len(lines) <= 38 and lines[-1] == "epoch 1000/1000  loss 999"
-    assert [line for line in lines if "loss 249" in line] == ["epoch 250/1000  loss 249, 12:30 left"]
+    assert error == "" and len(lines) == 1000 and lines[-1] == "epoch 1000/1000  loss 999"
+    assert lines[249] == "epoch 250/1000  loss 249, 12:30 left"
 
 
 def test_a_closed_terminal_does_not_end_a_run(tmp_path):

@@ -26,7 +26,7 @@ def figures(folder):
 
 def test_runs_killed_at_any_moment_end_as_the_one_that_is_not(tmp_path):
     """SIGKILL at random times, of the start too: the same weights, and one log line an epoch."""
-    options = f"--epochs 40 --eval_freq 7 --save_freq 2 --resume auto --exp_dir {tmp_path} --trial".split()
+    options = f"--epochs 40 --eval_freq 7 --resume auto --exp_dir {tmp_path} --trial".split()
     command = [sys.executable, "main.py", *SMALL, *options]
     begin = time.monotonic()
     subprocess.run([*command, "whole"], cwd=REPO, env=CPU_ONLY, check=True, stdout=subprocess.DEVNULL)
@@ -58,7 +58,7 @@ def test_any_arguments_are_taken_or_refused_in_a_line(
 ):
     """All but the training itself: exit code 2, one line and nothing written, or a run."""
     monkeypatch.setattr(module, train, lambda *args, **options: 0)
-    monkeypatch.setattr(pretraining, "start", lambda *args: None)
+    monkeypatch.setattr("utils.report.begin", lambda *args: None)
 
     def no_network(*args, **options):
         raise OSError("no network")
@@ -92,13 +92,13 @@ def test_many_epochs_leave_nothing_behind(tmp_path, monkeypatch, no_gpu, no_figu
     """Memory and open files after 20 and after 80 epochs."""
     seen = {}
 
-    def note(folder, records, usual=log.append):
+    def note(folder, records, usual=log.write):
         usual(folder, records)
         with open("/proc/self/statm") as file:
             seen[records[-1]["epoch"] if records else 0] = int(file.read().split()[1]), len(os.listdir("/proc/self/fd"))
 
-    monkeypatch.setattr(log, "append", note)
-    options = ["--epochs", "80", "--eval_freq", "2", "--save_freq", "4", "--exp_dir", str(tmp_path)]
+    monkeypatch.setattr(log, "write", note)
+    options = ["--epochs", "80", "--eval_freq", "2", "--exp_dir", str(tmp_path)]
     assert pretraining.main([*SMALL, *options]) == 0
     (early, early_files), (late, late_files) = seen[20], seen[80]
     assert late_files == early_files and (late - early) * os.sysconf("SC_PAGE_SIZE") < 30 * 2**20

@@ -257,10 +257,10 @@ def apply_views(images, draws, size=SIZE):
     return apply_matrix(color_jitter(crop_flip(images, draws, size), draws), *gray_and_normalize(draws))
 
 
-def apply_two_views(images, draws1, draws2, size=SIZE):
-    """Both views of each image, made together: half as many operations, which is what small batches wait for."""
-    draws = Draws(*(torch.cat(fields) for fields in zip(draws1, draws2)))
-    return apply_views(torch.cat((images, images)), draws, size).chunk(2)
+def make_views(images, draws, size=SIZE):
+    """TEMP"""
+    both = Draws(*(torch.cat(fields) for fields in zip(*draws)))
+    return apply_views(torch.cat(len(draws) * [images]), both, size).chunk(len(draws))
 
 
 def apply_views_cpu(images, draws, size):

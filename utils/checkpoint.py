@@ -1,14 +1,14 @@
-"""Files that are whole or absent: checkpoints, written atomically and read without running code, and JSON."""
+"""Files that are whole or absent: checkpoints, written atomically and read without running code,
+and JSON."""
 import contextlib
 import hashlib
 import io
 import json
 import os
-import warnings
-import zipfile
 
 import torch
 
+from simsiam import read_file
 from utils.cli import info, warn
 
 fcntl = None  # on Windows, where nothing is locked
@@ -17,8 +17,13 @@ with contextlib.suppress(ImportError):
 
 
 def save(path, state, keep_previous=False):
-    """Write `state` (tensors, plain numbers, strings, lists, dicts) with torch.save, as `write` does."""
+    """Write `state` (tensors, plain numbers, strings, lists, dicts) with torch.save, as `write`."""
     write(path, to_bytes(state), keep_previous)
+
+
+def load(path):
+    """Read a checkpoint onto the CPU; see simsiam.read_file for the errors."""
+    return read_file(path)
 
 
 def to_bytes(state):
@@ -36,9 +41,9 @@ def write(path, content, keep_previous=False):
 
 @contextlib.contextmanager
 def writing(path, keep_previous=False):
-    """A file to write in the context, which becomes path at its end, atomically: a temporary file, fsync, rename.
-    keep_previous: the replaced file stays as previous_path(path). Raises OSError that names path; the old file is then
-    unchanged."""
+    """A file to write in the context, which becomes path at its end, atomically: a temporary file,
+    fsync, rename. keep_previous: the replaced file stays as previous_path(path). Raises OSError
+    that names path; the old file is then unchanged."""
     partial = f"{path}.partial"
     try:
         with open(partial, "wb") as file:
@@ -50,7 +55,8 @@ def writing(path, keep_previous=False):
         os.replace(partial, path)
         if hasattr(os, "O_DIRECTORY"):  # not on Windows
             folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
-            os.fsync(folder)  # the new name too survives a power cut
+            with contextlib.suppress(OSError):  # some file systems cannot
+                os.fsync(folder)  # the new name too survives a power cut
             os.close(folder)
     except OSError as error:
         raise OSError(f"{path} could not be written ({error.strerror or error})") from error
@@ -60,7 +66,8 @@ def writing(path, keep_previous=False):
 
 
 def lock(path, wait=False):
-    """Open a file, locked until it is closed. Raises BlockingIOError if another process has it, unless `wait`."""
+    """Open a file, locked until it is closed. Raises BlockingIOError if another process has it,
+    unless `wait`."""
     file = open(path, "ab")
     try:
         if fcntl is not None:
@@ -82,32 +89,13 @@ def previous_path(path):
     return f"{stem}-previous{extension}"
 
 
-def load(path):
-    """Read a checkpoint of this project onto the CPU, with weights_only=True: code in the file does not run. Raises
-    OSError if it cannot be read, ValueError if it is damaged or of another kind."""
-    if os.path.isdir(path):
-        raise IsADirectoryError(f"{path!r} is a folder; name a file in it")
-    with open(path, "rb") as file:
-        content = file.read()
-    try:
-        if zipfile.ZipFile(io.BytesIO(content)).testzip() is not None:  # torch.load does not verify the checksums
-            raise zipfile.BadZipFile
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # of any type: torch.load parses arbitrary bytes
-        reason = "the file is empty" if not content else "not a checkpoint of this project"
-        if content.startswith(b"PK") and isinstance(error, (zipfile.BadZipFile, NotImplementedError)):
-            reason = "truncated or damaged"
-        raise ValueError(f"{path!r} cannot be read: {reason}") from error
-
-
 def digest(tensors):
-    """SHA-256, hexadecimal, of a state dict's names, dtypes, shapes and values: which weights they are."""
+    """SHA-256, hexadecimal, of a state dict's names, dtypes, shapes and values."""
     found = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
-        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode() + value.numpy().tobytes())
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.numpy().tobytes())
     return found.hexdigest()
 
 
@@ -117,9 +105,11 @@ def write_json(path, content):
 
 
 def read_json(path, *keys):
-    """The object in a JSON file. Raises OSError, and ValueError if it is not JSON or has not these keys."""
+    """The object in a JSON file. Raises OSError, and ValueError if it is not JSON or has not these
+    keys."""
     try:
         with open(path, encoding="utf-8") as file:
-            return (content := json.load(file)) | {key: content[key] for key in keys}
+            content = json.load(file)
+        return content | {key: content[key] for key in keys}
     except (ValueError, TypeError, KeyError) as error:  # also bytes that are not text
         raise ValueError(f"{path}: not the JSON that is written here ({error})") from error

@@ -7,6 +7,9 @@ import shlex
 import torch
 
 from utils import checkpoint, log, plot
+from utils.augment import make_views
+from utils.cli import info, say
+from utils.device import describe, processor
 from utils.run import BACKBONE, RESULTS, read_config
 
 REPORT = "report.html"
@@ -104,9 +107,45 @@ def write_report(folder):
 def draw_run(folder):
     """Draw the figures of a run, so far, and write its report."""
     path = os.path.join(folder, RESULTS)
-    if log.size(folder):
+    if log.read(folder, empty=True):
         plot.plot_runs([folder], folder)
     if os.path.exists(path):
         results = checkpoint.read_json(path)
         plot.plot_confusion(folder, torch.tensor(results["confusion"]), list(results["class_top1"]))
     write_report(folder)
+
+
+def begin(run, data, order, draws):
+    """Say what a run of main.py trains, and what to expect; draw views.png of a new one. order and
+    draws: of its first epoch."""
+    settings, size = run.settings, run.settings["image_size"]
+    if run.saved_epoch == settings["epochs"]:
+        return info(f"{run.folder}: already finished, epoch {settings['epochs']}")
+    held_out = f" (and {settings['validation']} held out)" if settings["validation"] else ""
+    info(f"{run.folder}: {settings['arch']}, width {settings['width']}, {settings['dataset']}, "
+         f"{len(data.train_images)} images{held_out} of {size} pixels, {describe(run.device)}, "
+         f"{settings['precision']}")
+    if run.device.type == "cpu":
+        info(f"No GPU in use, but {processor()}. Two CPU cores train 50 to 220 views/s at width 64 and "
+             "32 pixels; a smaller --width and --view_size is faster.")
+    if settings["bn_batch"] < settings["batch_size"]:
+        info(f"Batch norm: statistics of the {settings['bn_batch']} images of each process.")
+    if not data.has_classes:
+        info("No labels of several classes: no kNN; effective_rank is logged (docs/data.md).")
+    if size > 128:
+        info(f"The stem for small images keeps {size} pixels: {(size / 32)**2:.0f} times the "
+             "arithmetic of 32.")
+    if not os.path.exists(run.path("views.png")):
+        with run.optional("plots"):
+            images, draws = data.train_images[order[:8]].to(run.device), [each.rows(slice(8)) for each in draws[:2]]
+            plot.plot_views(run.folder, images, *make_views(images, draws, size), *draws)
+
+
+def say_end(run, data):
+    """Say what a run of main.py has reached, if it is finished, and what comes next."""
+    if run.saved_epoch < run.settings["epochs"]:
+        return
+    say(f"{run.folder}: {log.summary(run.records)}")
+    info(f"Figures: {run.path(REPORT)}")
+    if data.has_classes:
+        info(f"Next: {evaluation_command(run.settings, run.folder, run.device.type == 'cpu')}")

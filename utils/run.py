@@ -1,26 +1,51 @@
 """A run's folder: created or found by --resume, locked, and written."""
 import contextlib
+import dataclasses
 import datetime
 import glob
 import itertools
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import time
+from typing import NamedTuple
 
 import numpy
 import torch
 import torchvision
 
 from utils import checkpoint, log
-from utils.cli import info, warn
-from utils.device import describe
+from utils.cli import Stopped, fail, info, processes, say, warn
+from utils.device import machine
+from utils.distributed import on_first
 
 CONFIG, BACKBONE, CHECKPOINT, UNTRAINED = "config.json", "backbone.pt", "checkpoint.pt", "untrained.pt"
-EVALUATION, RESULTS = "evaluation.pt", "results.json"  # what main_lincls.py resumes from, and what it found
-FORMAT = 3  # of the checkpoints
+EVALUATION, RESULTS = "evaluation.pt", "results.json"  # main_lincls.py resumes from one, ends with one
+FORMAT = 4  # of the checkpoints
 PROCESS = ("gpu", "resume", "max_minutes", "quiet")  # settings of a process, not of the run
+MAY_CHANGE = ("data_root", "cache_dir", "pretrained", "exp_dir", "trial", "eval_freq", "tensorboard",
+              "compile", "deterministic", "untrained", "precision")  # when a run is resumed
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run is: so many steps into an epoch, both counted from 0. metrics: loss and std of
+    these steps, float32 [step, 2], on the CPU."""
+    epoch: int = 0
+    step: int = 0
+    metrics: torch.Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0, 2))
+    seconds: float = 0.0  # of these steps
+
+    def is_start(self):
+        return self.epoch == self.step == 0
+
+
+class Found(NamedTuple):
+    """What --resume finds: a run's folder, or None, and the state in its checkpoint, or None."""
+    folder: str = None
+    state: dict = None
 
 
 def run_folder(exp_dir, trial):
@@ -31,39 +56,148 @@ def run_folder(exp_dir, trial):
 
 
 def new_folder(exp_dir, trial=None):
-    """Create exp_dir/trial, or for None the next free number; returns the path. Raises ValueError if the trial exists,
-    OSError if it cannot be created."""
+    """Create exp_dir/trial, or for None the next free number; returns the path. Raises ValueError
+    if the trial exists, OSError if it cannot be created."""
     try:
         os.makedirs(exp_dir, exist_ok=True)
-        number = max((int(name) for name in os.listdir(exp_dir) if name.isdecimal()), default=0)
-        for name in [trial] if trial is not None else map(str, itertools.count(number + 1)):
-            path = run_folder(exp_dir, name)
-            with contextlib.suppress(FileExistsError):  # of a number: another run has just taken it
+        if trial is not None:
+            path = run_folder(exp_dir, trial)
+            if os.path.lexists(path):
+                raise ValueError(f"--trial {trial}: {path} exists; choose another name, or --resume it")
+            os.mkdir(path)
+            return path
+        numbers = [int(name) for name in os.listdir(exp_dir) if name.isdecimal()]
+        for number in itertools.count(max(numbers, default=0) + 1):
+            path = os.path.join(exp_dir, str(number))
+            with contextlib.suppress(FileExistsError):  # another run has just taken it
                 os.mkdir(path)
                 return path
     except OSError as error:
-        raise OSError(f"--exp_dir {exp_dir!r}: a run's folder cannot be created ({error.strerror})") from error
-    raise ValueError(f"--trial {trial}: {path} exists; choose another name, or --resume it")
+        reason = f"a run's folder cannot be created ({error.strerror})"
+        raise OSError(f"--exp_dir {exp_dir!r}: {reason}") from error
+
+
+# ---- which run to resume
+
+
+@on_first()
+def find(exp_dir, trial, resume, name):
+    """What --resume means, as Found; name: of the checkpoint in a run's folder. A damaged one that
+    'auto' finds is replaced by the previous one, with a warning. Raises ValueError and OSError for
+    what cannot be resumed."""
+    if resume is None:
+        return Found()
+    if resume != "auto":
+        if trial is not None:
+            raise ValueError("--resume PATH continues in the folder of PATH; omit --trial")
+        return Found(os.path.dirname(resume) or ".", load_state(resume, name))
+    folder = latest_folder(exp_dir, name) if trial is None else run_folder(exp_dir, trial)
+    if folder is None or not os.path.lexists(folder):
+        info(f"nothing to resume in {exp_dir}: starting a new run")
+        return Found()
+    path = os.path.join(folder, name)
+    previous = checkpoint.previous_path(path)
+    if not os.path.exists(path) and not os.path.exists(previous):
+        if not killed_at_start(folder):
+            raise ValueError(f"{folder} exists and has no checkpoint to resume; choose another --trial")
+        return Found(folder)
+    try:
+        return Found(folder, load_state(path, name))
+    except (ValueError, OSError) as error:
+        if not os.path.exists(previous):
+            raise
+        state = load_state(previous, name)
+        warn(f"{error}; resuming from {previous}, epoch {state['epoch']}")
+        return Found(folder, state)
+
+
+def killed_at_start(folder):
+    """Whether a run's folder has nothing that would be lost: it was killed before its first
+    checkpoint."""
+    if not os.path.isdir(folder) or {RESULTS, CHECKPOINT, EVALUATION} & {*os.listdir(folder)}:
+        return False
+    return not (os.path.exists(os.path.join(folder, log.LOG)) and log.read(folder, empty=True))
+
+
+def latest_folder(exp_dir, name):
+    """The folder in exp_dir whose checkpoint was written last; None if there is none."""
+    pattern = os.path.join(glob.escape(exp_dir), "*", name.replace(".", "*."))
+    path = max(glob.glob(pattern), key=os.path.getmtime, default=None)
+    return None if path is None else os.path.dirname(path)
+
+
+def load_state(path, name):
+    """Load the checkpoint of a script. Raises ValueError for another file or another version."""
+    state = checkpoint.load(path)
+    if not (isinstance(state, dict) and isinstance(state.get("config"), dict)):
+        raise ValueError(f"{path}: not a checkpoint to resume")
+    if state.get("format") != FORMAT:
+        raise ValueError(f"{path}: written by another version of this code (format "
+                         f"{state.get('format')}, not {FORMAT}); config.json beside it names the commit")
+    if ("model" in state) != (name == CHECKPOINT):
+        raise ValueError(f"{path}: a checkpoint of another script")
+    return state | {"path": path}
+
+
+def resumed_args(parser, argv, saved):
+    """Settings of a resumed run: those saved in the checkpoint, the defaults of options that are
+    newer, and what is typed. Raises ValueError for one that may not change."""
+    saved = {name: value for name, value in saved.items() if name not in PROCESS}
+    parser.set_defaults(**saved)
+    args = parser.parse_args(argv)
+    for name, value in saved.items():
+        typed = getattr(args, name, value)
+        if typed != value and name not in MAY_CHANGE:
+            raise ValueError(f"--{name} {typed}: the run to resume has {value}")
+    if args.precision == "auto":
+        args.precision = saved["precision"]
+    elif args.precision != saved["precision"]:
+        warn(f"--precision {args.precision}, not {saved['precision']} as before: not bit-identical")
+    return args
+
+
+def restore(state, settings, device, parts):
+    """Load the parts, a dict by name, from a checkpoint; returns the Position in it. Warns if it was
+    written elsewhere. Raises ValueError for what does not fit."""
+    for name, what in (("data_digest", "training images"), ("backbone", "backbone")):
+        if state["config"].get(name) != settings.get(name):
+            raise ValueError(f"other {what} than those of the run to resume, {state['path']}")
+    try:
+        position = Position(*(state[field.name] for field in dataclasses.fields(Position)))
+        for name, part in parts.items():
+            if state[name]:  # that of a loss scaler is empty unless the precision is fp16
+                part.load_state_dict(state[name])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{state['path']}: its {name} does not fit: {reason}") from error
+    if state["machine"] != machine(device):
+        written, here = (", ".join(each.values()) for each in (state["machine"], machine(device)))
+        warn(f"written on {written}, resuming on {here}: not bit-identical")
+    return position
+
+
+# ---- config.json
 
 
 def git_commit():
     """The commit of the running code, with '-dirty' if tracked files differ; None outside git."""
     command = "git describe --always --dirty --abbrev=40 --exclude=*".split()
+    here = os.path.dirname(__file__)
     try:
-        here = os.path.dirname(__file__)
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
-def write_config(folder, argv, settings, device):
-    """Write config.json: argv (a script and its words), all settings, commit, date, device, versions."""
+def slice_now(device, epoch):
+    """What a start of a run is recorded by: when, from which epoch, with what code, on what."""
     versions = {package.__name__: package.__version__ for package in (torch, torchvision, numpy)}
-    versions |= {"python": platform.python_version(), "cuda": torch.version.cuda if device.type == "cuda" else None}
-    checkpoint.write_json(os.path.join(folder, CONFIG), {
-        "argv": argv, "settings": settings, "commit": git_commit(), "date": datetime.date.today().isoformat(),
-        "device": describe(device), "versions": versions,
-    })
+    versions["python"] = platform.python_version()
+    versions["cuda"] = torch.version.cuda if device.type == "cuda" else None
+    found = {name: value for name, value in machine(device).items() if name != "torch"}
+    today = datetime.date.today().isoformat()
+    return {"date": today, "epoch": epoch, "commit": git_commit(), **found, "versions": versions}
 
 
 def read_config(folder):
@@ -74,178 +208,50 @@ def read_config(folder):
     return config
 
 
-def inherit_data_options(args, path):
-    """Fill in --image_size and --test_share, unless typed, from the run in whose folder a checkpoint lies, if any."""
-    with contextlib.suppress(OSError, ValueError):
+def inherited_options(path):
+    """image_size and test_share of the run in whose folder a checkpoint lies; {} if there is none."""
+    try:
         settings = read_config(os.path.dirname(path))["settings"]
-        for name in ("image_size", "test_share"):
-            if getattr(args, name) is None:
-                setattr(args, name, settings.get(name))
+    except (OSError, ValueError):
+        return {}
+    return {name: settings.get(name) for name in ("image_size", "test_share")}
 
 
-def find_run(parser, args, argv, name, may_change):
-    """What --resume means: the settings, the folder, and the state in its checkpoint; None for a new run.
+# ---- the folder of a run that is going on
 
-    args: the settings typed, argv their words. name: of the checkpoint file. may_change: settings that a resumed run
-    may change. A damaged checkpoint that 'auto' finds is replaced by the previous one, with a warning.
-    Raises ValueError and OSError for what cannot be resumed.
-    """
-    auto = args.resume == "auto"
-    if args.resume is None or auto and not (folder := find_folder(name, args)):
-        return args, None, None
-    if not auto and args.trial is not None:
-        raise ValueError("--resume PATH continues in the folder of PATH; omit --trial")
-    path = os.path.join(folder, name) if auto else args.resume
-    previous = checkpoint.previous_path(path)
-    if auto and not (os.path.exists(path) or os.path.exists(previous)):
-        if not os.path.isdir(folder) or log.size(folder) or {RESULTS, CHECKPOINT, EVALUATION} & {*os.listdir(folder)}:
-            raise ValueError(f"{folder} exists and has no checkpoint to resume; choose another --trial")
-        return args, folder, None  # killed before its first checkpoint
+
+def open_run(found, argv, settings, device, parts, begin):
+    """The Run, None except in the first process, and the Position to go on from. argv: script and
+    words typed. parts: what a checkpoint restores, by name. begin: when this process began. Raises
+    ValueError and OSError, and then leaves no new folder."""
+    position = Position()
+    if found.state is not None:
+        position = restore(found.state, settings, device, parts)
+    run = open_folder(found, argv, settings, device, parts, begin)
+    return run, position
+
+
+@on_first(share=False)
+def open_folder(found, argv, settings, device, parts, begin):
+    """The Run in the folder that was found, whose config.json gets another slice, or in a new one
+    with config.json and a first checkpoint."""
+    folder, state = found
+    if state is not None:
+        run = Run(folder, settings, device, parts, begin - state["time"], state)
+        with contextlib.suppress(OSError, ValueError):  # a checkpoint may be moved without it
+            config = read_config(folder)
+            config["slices"] = [*config.get("slices", []), slice_now(device, state["epoch"])]
+            checkpoint.write_json(run.path(CONFIG), config)
+        return run
+    path = folder or new_folder(settings["exp_dir"], settings["trial"])
     try:
-        state = load_state(path, args)
-    except (ValueError, OSError) as error:
-        if not (auto and os.path.exists(previous)):
-            raise
-        state = load_state(previous, args)
-        warn(f"{error}; resuming from {previous}, epoch {state['epoch']}")
-    return resumed_args(parser, argv, state, may_change), os.path.dirname(path) or ".", state
-
-
-def find_folder(name, args):
-    """The folder of the trial, else of the run in exp_dir whose checkpoint was written last; None if there is none."""
-    paths = glob.glob(os.path.join(glob.escape(args.exp_dir), "*", name.replace(".", "*.")))
-    folder = os.path.dirname(max(paths, key=os.path.getmtime, default=""))
-    folder = folder if args.trial is None else run_folder(args.exp_dir, args.trial)
-    if os.path.lexists(folder):
-        return folder
-    info(f"nothing to resume in {args.exp_dir}: starting a new run")
-    return None
-
-
-def load_state(path, args):
-    """Load a checkpoint of a script with these settings. Raises ValueError for another file or another version."""
-    state = checkpoint.load(path)
-    if not (isinstance(state, dict) and isinstance(state.get("config"), dict)):
-        raise ValueError(f"{path}: not a checkpoint to resume")
-    if state.get("format") != FORMAT:
-        raise ValueError(f"{path}: written by another version of this code (format {state.get('format')}, not "
-                         f"{FORMAT}); config.json beside it names the commit")
-    if ("pretrained" in state["config"]) != hasattr(args, "pretrained"):  # an option of main_lincls.py
-        raise ValueError(f"{path}: a checkpoint of another script")
-    return state | {"path": path}
-
-
-def resumed_args(parser, argv, state, may_change):
-    """Settings of a resumed run: the checkpoint's, the defaults of options that are newer, and what is typed. Raises
-    ValueError for one that may not change."""
-    saved = {name: value for name, value in state["config"].items() if name not in PROCESS}
-    parser.set_defaults(**saved)
-    args = parser.parse_args(argv)
-    for name, value in saved.items():
-        typed = getattr(args, name, value)
-        if typed != value and name not in (*may_change, "precision"):
-            raise ValueError(f"--{name} {typed}: the run to resume has {value}")
-    if args.precision == "auto":
-        args.precision = saved["precision"]
-    elif args.precision != saved["precision"]:
-        warn(f"--precision {args.precision}, not {saved['precision']} as before: the run is not bit for bit the same")
-    return args
-
-
-def restore(state, device, **loaders):
-    """Pass each part of a checkpoint to its loader; warn if it is from elsewhere. Raises ValueError for a bad part."""
-    for part, load in loaders.items():
-        try:
-            load(state[part])
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"{state['path']}: its {part} does not fit: {error}") from error
-    if state["machine"] != machine(device):
-        warn(f"the checkpoint is of {state['machine']}, not {machine(device)}: the run continues, not bit for bit")
-
-
-def new_epoch(epoch):
-    """The state of a run before the first step of an epoch, counted from 0."""
-    return {"epoch": epoch, "step": 0, "metrics": torch.zeros(0, 2), "seconds": 0.0}
-
-
-def run_files(settings, device, state, model, optimizer, scaler):
-    """backbone.pt, which evaluation needs, and checkpoint.pt, which a resumed run of main.py needs."""
-    backbone = {name: value.cpu().contiguous() for name, value in model.backbone.state_dict().items()}
-    parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-    about = {"format": FORMAT, "config": settings, "machine": machine(device)}
-    return {BACKBONE: backbone, CHECKPOINT: {**state, **about, **parts}}
-
-
-def machine(device):
-    """What must be the same for a resumed run to be exact."""
-    return {"device": describe(device), "torch": str(torch.__version__)}
-
-
-class Run:
-    """A run's folder, locked for this process and written by a script. records: the lines of its log.
-
-    What cannot be written is a warning, and the next checkpoint tries again. unsaved: why the last attempt failed, or
-    None; saved_epoch, saved_time (of time.monotonic): of the newest checkpoint on the disk.
-    """
-
-    def __init__(self, folder, epoch, tensorboard=False):
-        self.folder, self.lock = folder, lock(folder)
-        log.truncate(folder, epoch)
-        self.records, self.pending = log.read(folder, empty=True), []
-        self.unsaved, self.saved_epoch, self.saved_time = None, epoch, time.monotonic()
-        self.board = summary_writer(folder, epoch) if tensorboard else None
-
-    def close(self):
-        self.lock.close()
-        if self.board:
-            self.board.close()
-
-    def path(self, name):
-        return os.path.join(self.folder, name)
-
-    def log(self, record):
-        """Append a line to log.jsonl."""
-        self.records.append(record)
-        self.pending.append(record)
-        self.attempt(self.write)
-        for name in record.keys() - {"epoch"} if self.board else ():
-            self.board.add_scalar(name, record[name], record["epoch"])
-
-    def write(self, files=(), epoch=None):
-        """Write log lines that are not on the disk yet, then states by their file names, in order; the last one is the
-        checkpoint of an epoch. Raises OSError."""
-        log.append(self.folder, self.pending)
-        self.pending = []
-        for name in files:
-            checkpoint.save(self.path(name), files[name], keep_previous=name == list(files)[-1])
-        if epoch is not None:
-            self.saved_epoch, self.saved_time = epoch, time.monotonic()
-
-    def attempt(self, write, *args):
-        """Call write(*args), which raises OSError if it fails."""
-        try:
-            write(*args)
-            self.unsaved = None
-        except OSError as error:
-            self.unsaved = str(error)
-            warn(f"{error}; the run continues, the last checkpoint is of epoch {self.saved_epoch}")
-
-    def draw(self, draw, *args):
-        """Call draw(folder, *args), which draws figures or a page. Missing figures do not end a run."""
-        try:
-            draw(self.folder, *args)
-        except Exception as error:  # of any type: anybody may have changed the files in the folder
-            warn(f"{self.folder}: no figures ({error})")
-
-
-def start_run(argv, folder, args, device, files):
-    """A Run in a new folder (or in `folder`, of a start that was killed), with config.json and the first files in it.
-    argv: script and words typed; args: its settings. Raises ValueError and OSError, and then leaves no new folder."""
-    path = folder or new_folder(args.exp_dir, args.trial)
-    try:
-        run = Run(path, -1, args.tensorboard)
-        write_config(path, argv, vars(args), device)
-        run.write(files, 0)
+        run = Run(path, settings, device, parts, begin)
+        now = slice_now(device, 0)
+        config = {"argv": argv, "settings": settings, **now, "slices": [now]}
+        checkpoint.write_json(run.path(CONFIG), config)
+        run.write(Position())
+        if settings.get("untrained"):
+            shutil.copyfile(run.path(BACKBONE), run.path(UNTRAINED))
         return run
     except (OSError, ValueError):
         if folder is None:
@@ -253,12 +259,134 @@ def start_run(argv, folder, args, device, files):
         raise
 
 
-def lock(folder):
-    """Lock a run's log until this process ends; returns the open file. Raises ValueError if another process has it."""
-    try:
-        return checkpoint.lock(os.path.join(folder, log.LOG))
-    except BlockingIOError:
-        raise ValueError(f"{folder}: another process is working on this run") from None
+class Run:
+    """A run's folder, locked for this process, and what its checkpoints hold.
+
+    records: lines of the log. What cannot be written is a warning, and the next checkpoint tries
+    again; unsaved: why the last attempt failed, or None. saved_epoch, saved_time (a value of
+    time.monotonic): of the newest checkpoint on the disk. begin: when the run would have begun
+    without pauses. parts: modules, optimizer and scaler by name.
+    """
+
+    def __init__(self, folder, settings, device, parts, begin, state=None):
+        self.folder, self.settings, self.device, self.parts = folder, settings, device, parts
+        self.begin, self.records, epoch = begin, [], -1
+        self.evaluated = False  # whether this process has evaluated the backbone
+        if state is not None:
+            self.records, epoch = list(state["records"]), state["epoch"]
+        try:
+            self.lock = checkpoint.lock(self.path(".lock"))
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process is working on this run") from None
+        log.write(folder, self.records)  # without epochs after the checkpoint
+        self.unsaved, self.saved_epoch, self.saved_time = None, epoch, time.monotonic()
+        self.board = summary_writer(folder, epoch) if settings["tensorboard"] else None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.lock.close()
+        if self.board:
+            self.board.close()
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def elapsed(self):
+        """Seconds of the run in all its slices."""
+        return time.monotonic() - self.begin
+
+    def record(self, position, optimizer, images_per_step):
+        """The log's record of a whole epoch, but for what is evaluated."""
+        loss, std = position.metrics.double().mean(dim=0).tolist()
+        return {
+            "epoch": position.epoch + 1, "loss": loss, "std": std,
+            "lr": optimizer.param_groups[0]["lr"], "seconds": round(position.seconds, 3),
+            "views_per_s": round(position.step * images_per_step / position.seconds, 1),
+            "time": round(self.elapsed(), 3),
+        }
+
+    def log(self, record):
+        """Add a line to log.jsonl; warn of a collapse."""
+        self.records.append(record)
+        warning = log.collapse_warning(self.records, self.settings)
+        if warning:
+            warn(warning)
+        with self.attempt():
+            log.write(self.folder, self.records)
+        if self.board:
+            for name in record.keys() - {"epoch"}:
+                self.board.add_scalar(name, record[name], record["epoch"])
+
+    def write(self, position):
+        """Write the log, backbone.pt of a pre-training, and the checkpoint. Raises OSError."""
+        log.write(self.folder, self.records)
+        state = {
+            "format": FORMAT, "config": self.settings, "machine": machine(self.device),
+            "records": self.records, "time": self.elapsed(), **vars(position),
+            **{name: part.state_dict() for name, part in self.parts.items()},
+        }
+        name = EVALUATION
+        if "model" in self.parts:
+            name, backbone = CHECKPOINT, self.parts["model"].backbone.state_dict()
+            backbone = {name: value.cpu().contiguous() for name, value in backbone.items()}
+            checkpoint.save(self.path(BACKBONE), backbone)
+        checkpoint.save(self.path(name), state, keep_previous=True)
+        self.saved_epoch, self.saved_time = position.epoch, time.monotonic()
+
+    def save(self, position):
+        """The same; a failure is a warning."""
+        with self.attempt():
+            self.write(position)
+
+    @contextlib.contextmanager
+    def attempt(self):
+        """In the context something is written; a failure is a warning."""
+        try:
+            yield
+            self.unsaved = None
+        except OSError as error:
+            self.unsaved = str(error)
+            warn(f"{error}; the run continues, the last checkpoint is of epoch {self.saved_epoch}")
+
+    @contextlib.contextmanager
+    def optional(self, what):
+        """In the context something is made without which the run goes on, with a warning."""
+        try:
+            yield
+        except Stopped:
+            raise
+        except Exception as error:  # of any type: no memory, files that somebody has changed
+            reason = (str(error) or repr(error)).splitlines()[0]
+            warn(f"{self.folder}: no {what} ({reason}); the run continues")
+
+    def not_finite(self, position):
+        """What is not finite at a position, and what to do, in words; None if all is."""
+        steps = (~position.metrics[:, 0].isfinite()).nonzero()
+        weights = self.parts["model"].state_dict().values()
+        if len(steps):
+            what = f"step {int(steps[0]) + 1} of {self.settings['steps']}: the loss"
+        elif not all(value.isfinite().all() for value in weights):
+            what = f"step {position.step} of {self.settings['steps']}: a weight"
+        else:
+            return None
+        return (f"epoch {position.epoch + 1}, {what} is not finite; the checkpoint of epoch "
+                f"{self.saved_epoch} is kept; start a new run with a lower --learning_rate "
+                f"({self.settings['learning_rate']:g})")
+
+    def exit_code(self, script, stop, finished):
+        """The exit code of a run that ends here, which says so; None if it goes on."""
+        if not finished and not stop.requested:
+            return None
+        if self.unsaved:
+            return fail(script, f"{self.unsaved}; everything after epoch {self.saved_epoch} is lost")
+        if finished:
+            return 0
+        command = f"python {script}" if processes == 1 else f"torchrun ... {script}"
+        path = self.path(CHECKPOINT if "model" in self.parts else EVALUATION)
+        say(f"Interrupted. Resume with: {command} --resume {shlex.quote(path)}")
+        return stop.exit_code
 
 
 def summary_writer(folder, epoch):
@@ -266,5 +394,6 @@ def summary_writer(folder, epoch):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ValueError("--tensorboard requires the package tensorboard (pip install tensorboard)") from error
+        reason = "--tensorboard requires the package tensorboard (pip install tensorboard)"
+        raise ValueError(reason) from error
     return SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=epoch + 1)
