@@ -33,7 +33,7 @@ def make_parser():
     cli.add_data_options(parser, DATASETS, positional=False)
     add = parser.add_argument_group("model").add_argument
     add("--arch", choices=simsiam.ARCHS, default="resnet18", help="backbone")
-    add("--width", type=count(1), default=64, help="of the first stage")
+    add("--width", type=count(1), default=64, help="channels of the first stage")
     add("--dim", type=count(2), default=2048, help="size of z and p")
     add("--pred_dim", type=count(1), default=512, help="bottleneck of the predictor")
     add("--num_proj_layers", type=int, choices=(2, 3), default=2, help="2 on CIFAR, 3 on ImageNet")

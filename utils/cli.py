@@ -11,35 +11,28 @@ import time
 
 from tqdm import tqdm
 
-STOP_SIGNALS = [
-    getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGBREAK")
-    if hasattr(signal, name)  # Windows lacks some; SIGBREAK is its own
-]
-# Launchers' variables: the number of processes, and which one this is.
-LAUNCHERS = {
-    "WORLD_SIZE": "RANK", "SLURM_STEP_NUM_TASKS": "SLURM_PROCID",
-    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK", "PMI_SIZE": "PMI_RANK",
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGBREAK")  # Windows lacks some
+STOP_SIGNALS = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+LAUNCHERS = {  # launchers' variables: the number of processes, and which one this is
+    "WORLD_SIZE": "RANK", "SLURM_STEP_NUM_TASKS": "SLURM_PROCID", "PMI_SIZE": "PMI_RANK",
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
 }
 TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 rank = int(os.environ["RANK"]) if TORCHRUN else 0
 processes = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
 USER_ERRORS = (ValueError, OSError, MemoryError, RuntimeError)  # what bad input raises in set-up
-DATA_OPTIONS = ("train_size", "test_size", "image_size", "validation", "test_share", "skip_broken",
-                "cache_dir")
+DATA_OPTIONS = ("train_size", "test_size", "image_size", "validation", "test_share", "skip_broken", "cache_dir")
 quiet = False  # --quiet: `info` and the bars show nothing
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as written, and the default of each option that has one."""
+    """The description as written; the default of each option that has one."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False):
-            return action.help
-        return super()._get_help_string(action)
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
     def _get_default_metavar_for_optional(self, action):
-        return getattr(action.type, "metavar", None) or super()._get_default_metavar_for_optional(action)
+        return getattr(action.type, "metavar", super()._get_default_metavar_for_optional(action))
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,13 +79,12 @@ def number(kind, least=0, most=math.inf, above=False):
     def convert(text):
         with contextlib.suppress(ValueError):
             value = kind(text)
-            large_enough = least < value if above else least <= value
-            if math.isfinite(value) and large_enough and value <= most:
+            if math.isfinite(value) and least <= value <= most and not (above and value == least):
                 return value
-        wanted = "whole" if kind is int else "finite"
         limits = f"above {least}" if above else f"of at least {least}"
         if most < math.inf:
             limits += f" and at most {most}"
+        wanted = "whole" if kind is int else "finite"
         raise argparse.ArgumentTypeError(f"{text!r} is not a {wanted} number {limits}")
     convert.metavar = "N" if kind is int else "X"
     return convert
@@ -112,29 +104,21 @@ whole_number = functools.partial(number, int, most=2**32 - 1)  # whole_number(le
 def add_data_options(parser, datasets, positional=True):
     """DIR or --data_root, --dataset, and DATA_OPTIONS; returns their group."""
     group = parser.add_argument_group("data")
-    root = dict(type=file_path, default="data", metavar="DIR",
-                help="data folder; downloaded into if missing")
-    if positional:
-        group.add_argument("data_root", nargs="?", **root)
-    else:
-        group.add_argument("--data_root", **root)
-    group.add_argument("--dataset", choices=datasets, default="cifar10",
-                       help="folder: your images; shapes: built in")
-    group.add_argument("--train_size", type=whole_number(2),
-                       help="use the first N training images")
-    group.add_argument("--test_size", type=whole_number(1),
-                       help="use the first N test images")
-    group.add_argument("--validation", type=whole_number(1),
-                       help="hold out N training images and use them in place of the test set")
-    group.add_argument("--image_size", type=whole_number(8),
-                       help="resize images to N pixels (default: as in the backbone's pre-training, "
-                            "else 96 for stl10, 32 for others)")
-    group.add_argument("--test_share", type=fraction,
-                       help="share of each class held out for testing, for a folder without test "
-                            "images (default: as in the backbone's pre-training, else 0.1)")
-    group.add_argument("--skip_broken", action="store_true", help="skip images that cannot be read")
-    group.add_argument("--cache_dir", type=file_path, default="cache", metavar="DIR",
-                       help="cache of decoded images")
+    name, nargs = (["data_root"], {"nargs": "?"}) if positional else (["--data_root"], {})
+    group.add_argument(*name, type=file_path, default="data", metavar="DIR", **nargs,
+                       help="data folder; downloaded into if missing")
+    add = group.add_argument
+    add("--dataset", choices=datasets, default="cifar10", help="folder: your images; shapes: built in")
+    add("--train_size", type=whole_number(2), help="use the first N training images")
+    add("--test_size", type=whole_number(1), help="use the first N test images")
+    add("--validation", type=whole_number(1),
+        help="hold out N training images and use them in place of the test set")
+    add("--image_size", type=whole_number(8), help="resize images to N pixels (default: as in the "
+        "backbone's pre-training, else 96 for stl10, 32 for others)")
+    add("--test_share", type=fraction, help="share of each class held out for testing, in a folder "
+        "without test images (default: as in the backbone's pre-training, else 0.1)")
+    add("--skip_broken", action="store_true", help="skip images that cannot be read")
+    add("--cache_dir", type=file_path, default="cache", metavar="DIR", help="cache of decoded images")
     return group
 
 
@@ -147,18 +131,16 @@ def data_options(settings, inherited=()):
 
 def add_normalization(group, mean, std):
     """--mean and --std, with these defaults."""
-    channels = dict(nargs=3, metavar=("R", "G", "B"))
-    group.add_argument("--mean", type=number(float), default=list(mean), **channels,
-                       help="per-channel mean for normalization")
-    group.add_argument("--std", type=number(float, above=True), default=list(std), **channels,
-                       help="per-channel std for normalization")
+    for name, values in (("mean", mean), ("std", std)):
+        group.add_argument(f"--{name}", nargs=3, type=number(float, above=name == "std"),
+                           default=list(values), metavar=("R", "G", "B"),
+                           help=f"per-channel {name} for normalization")
 
 
 def add_device_options(parser):
     """--gpu and --precision; returns their group."""
     group = parser.add_argument_group("device")
-    group.add_argument("--gpu", type=int,
-                       help="index of the CUDA GPU (default: the first, else the CPU)")
+    group.add_argument("--gpu", type=int, metavar="N", help="CUDA GPU (default: the first, else the CPU)")
     group.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
                        help="auto: bf16 if supported, else fp16 (GPU) or fp32 (CPU)")
     return group
@@ -167,17 +149,14 @@ def add_device_options(parser):
 def add_run_options(parser):
     """--exp_dir, --trial, --resume, --max_minutes, --tensorboard, --quiet; returns their group."""
     group = parser.add_argument_group("run")
-    group.add_argument("--exp_dir", type=file_path, default="experiments", metavar="DIR",
-                       help="folder of the runs")
-    group.add_argument("--trial", metavar="NAME",
-                       help="name of the run's folder (default: the next free number)")
-    group.add_argument("--resume", type=file_path, metavar="auto|PATH",
-                       help="checkpoint to resume; auto: that of --trial, else the latest")
-    group.add_argument("--max_minutes", type=real_number,
-                       help="stop after M minutes, to be resumed")
-    group.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
-                       help="also log to TensorBoard")
-    group.add_argument("--quiet", action="store_true", help="print results, warnings and errors only")
+    add, switch = group.add_argument, argparse.BooleanOptionalAction
+    add("--exp_dir", type=file_path, default="experiments", metavar="DIR", help="folder of the runs")
+    add("--trial", metavar="NAME", help="name of the run's folder (default: the next free number)")
+    add("--resume", type=file_path, metavar="auto|PATH",
+        help="checkpoint to resume; auto: that of --trial, else the latest")
+    add("--max_minutes", type=real_number, help="stop after X minutes, to be resumed")
+    add("--tensorboard", action=switch, default=False, help="also log to TensorBoard")
+    add("--quiet", action="store_true", help="print results, warnings and errors only")
     return group
 
 
@@ -189,7 +168,7 @@ def wait_to_exit():
 
 def run_script(main, torchrun=False):
     """Call a script's main and exit with its code; without a traceback on Ctrl-C. Of several
-    processes that a launcher started, unless it is torchrun and the script is made for it, none
+    processes that a launcher has started, unless it is torchrun and the script is made for it, none
     runs, and one says so."""
     if not (torchrun and TORCHRUN):
         refuse_launchers("with torchrun" if torchrun else "without the launcher")
@@ -261,23 +240,21 @@ class Progress(tqdm):
 
     def __init__(self, epochs, done):
         self.first, self.begin = done, time.monotonic()
-        super().__init__(total=epochs, initial=done, smoothing=0, mininterval=0.2,
-                         dynamic_ncols=True, disable=True if quiet else None,
-                         bar_format="{bar}| {n:.1f}/{total} epochs [{elapsed}<{remaining}{postfix}]")
+        form = "{bar}| {n:.1f}/{total} epochs [{elapsed}<{remaining}{postfix}]"
+        super().__init__(total=epochs, initial=done, smoothing=0, mininterval=0.2, bar_format=form,
+                         dynamic_ncols=True, disable=True if quiet else None)
 
     def advance(self, done, summary="", keep=False):
         """done: epochs, with a fraction inside an epoch. summary: text at the end of an epoch.
         keep: print it on a terminal too."""
         self.update(done - self.n)
-        if not summary:
-            return
-        self.set_postfix_str(summary)
-        if keep or self.disable:
-            left = ""
+        if summary:
+            self.set_postfix_str(summary)
+        if summary and (keep or self.disable):
             if self.first < done < self.total:
-                pace = (time.monotonic() - self.begin) / (done - self.first)
-                left = f", {tqdm.format_interval(round(pace * (self.total - done)))} left"
-            info(f"epoch {done}/{self.total}  {summary}{left}")
+                seconds = (time.monotonic() - self.begin) / (done - self.first) * (self.total - done)
+                summary += f", {tqdm.format_interval(round(seconds))} left"
+            info(f"epoch {done}/{self.total}  {summary}")
 
 
 class Stopped(Exception):
@@ -285,10 +262,9 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Inside the context, the first of STOP_SIGNALS, and the time limit, only make `requested`
-    true, so that the step can finish and a checkpoint be written. A second signal has its usual
-    effect, but none with torchrun, which may pass on what a process has already received; ignored
-    ones stay ignored. In another thread than the main one there is only the time limit.
+    """In the context the first of STOP_SIGNALS, and the time limit, only make `requested` true, so
+    that the step can finish and a checkpoint be written. A second signal has its usual effect, but
+    none with torchrun, which may pass on what a process has received; ignored ones stay ignored.
 
     minutes: limit since `start`, a value of time.monotonic(). exit_code: 128 + the signal's number,
     0 for the limit.

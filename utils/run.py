@@ -60,21 +60,19 @@ def new_folder(exp_dir, trial=None):
     if the trial exists, OSError if it cannot be created."""
     try:
         os.makedirs(exp_dir, exist_ok=True)
-        if trial is not None:
-            path = run_folder(exp_dir, trial)
-            if os.path.lexists(path):
-                raise ValueError(f"--trial {trial}: {path} exists; choose another name, or --resume it")
-            os.mkdir(path)
-            return path
         numbers = [int(name) for name in os.listdir(exp_dir) if name.isdecimal()]
-        for number in itertools.count(max(numbers, default=0) + 1):
-            path = os.path.join(exp_dir, str(number))
-            with contextlib.suppress(FileExistsError):  # another run has just taken it
+        names = [trial]
+        if trial is None:
+            names = map(str, itertools.count(max(numbers, default=0) + 1))
+        for name in names:
+            path = run_folder(exp_dir, name)
+            with contextlib.suppress(FileExistsError):  # of a number: another run has just taken it
                 os.mkdir(path)
                 return path
     except OSError as error:
         reason = f"a run's folder cannot be created ({error.strerror})"
         raise OSError(f"--exp_dir {exp_dir!r}: {reason}") from error
+    raise ValueError(f"--trial {trial}: {path} exists; choose another name, or --resume it")
 
 
 # ---- which run to resume
@@ -98,9 +96,11 @@ def find(exp_dir, trial, resume, name):
     path = os.path.join(folder, name)
     previous = checkpoint.previous_path(path)
     if not os.path.exists(path) and not os.path.exists(previous):
-        if not killed_at_start(folder):
+        path_of_log = os.path.join(folder, log.LOG)
+        has_log = os.path.exists(path_of_log) and os.path.getsize(path_of_log)
+        if not os.path.isdir(folder) or has_log or {RESULTS, CHECKPOINT, EVALUATION} & {*os.listdir(folder)}:
             raise ValueError(f"{folder} exists and has no checkpoint to resume; choose another --trial")
-        return Found(folder)
+        return Found(folder)  # killed before its first checkpoint
     try:
         return Found(folder, load_state(path, name))
     except (ValueError, OSError) as error:
@@ -109,14 +109,6 @@ def find(exp_dir, trial, resume, name):
         state = load_state(previous, name)
         warn(f"{error}; resuming from {previous}, epoch {state['epoch']}")
         return Found(folder, state)
-
-
-def killed_at_start(folder):
-    """Whether a run's folder has nothing that would be lost: it was killed before its first
-    checkpoint."""
-    if not os.path.isdir(folder) or {RESULTS, CHECKPOINT, EVALUATION} & {*os.listdir(folder)}:
-        return False
-    return not (os.path.exists(os.path.join(folder, log.LOG)) and log.read(folder, empty=True))
 
 
 def latest_folder(exp_dir, name):
