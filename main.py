@@ -275,7 +275,7 @@ def main(argv=None):
             setup, run, position = set_up(parser, args, argv, begin)
         stop = distributed.StopRequest(args.max_minutes, begin)
         with run or contextlib.nullcontext(), stop:
-            if setup.args.untrained and position.is_start():
+            if setup.args.untrained and position.epoch == position.step == 0:
                 evaluate_untrained(setup, run, stop)
             code = pretrain(setup, run, position, stop)
         if run and code == 0:

@@ -301,6 +301,7 @@ def test_a_run_has_one_process_at_a_time(run_main, refused, no_gpu):
 def test_each_slice_is_recorded_and_another_machine_is_said(run_main, no_gpu, monkeypatch, capsys):
     assert run_main("--epochs", 1, "--trial", "run", "--max_minutes", 0) == 0
     monkeypatch.setattr("utils.run.machine", lambda device: {"device": "another", "processor": "Z80", "torch": "9"})
+    monkeypatch.setattr("utils.run.processor", lambda: "Z80")
     assert run_main("--resume", "auto") == 0
     assert "resuming on another, Z80, 9: not bit-identical" in capsys.readouterr().err
     config = checkpoint.read_json("experiments/run/config.json")

@@ -152,13 +152,10 @@ def describe(device):
 def processor():
     """The processor's model, with the instruction set that torch uses."""
     model = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            model = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):  # not Linux, or a processor without a name
-        pass
-    kinds = f"{torch.backends.cpu.get_cpu_capability()}, {'' if cpu_has_bf16() else 'no '}bf16"
-    return f"{model} ({kinds})"
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:  # Linux
+        model = dict(line.strip().split("\t: ") for line in file if "\t: " in line).get("model name", model)
+    bf16 = "bf16" if cpu_has_bf16() else "no bf16"
+    return f"{model} ({torch.backends.cpu.get_cpu_capability()}, {bf16})"
 
 
 def machine(device):

@@ -18,7 +18,7 @@ import torchvision
 
 from utils import checkpoint, log
 from utils.cli import Stopped, fail, info, processes, say, warn
-from utils.device import machine
+from utils.device import describe, machine, processor
 from utils.distributed import on_first
 
 CONFIG, BACKBONE, CHECKPOINT, UNTRAINED = "config.json", "backbone.pt", "checkpoint.pt", "untrained.pt"
@@ -38,12 +38,9 @@ class Position:
     metrics: torch.Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0, 2))
     seconds: float = 0.0  # of these steps
 
-    def is_start(self):
-        return self.epoch == self.step == 0
-
 
 class Found(NamedTuple):
-    """What --resume finds: a run's folder, or None, and the state in its checkpoint, or None."""
+    """What --resume finds: a run's folder and the state in its checkpoint."""
     folder: str = None
     state: dict = None
 
@@ -96,9 +93,8 @@ def find(exp_dir, trial, resume, name):
     path = os.path.join(folder, name)
     previous = checkpoint.previous_path(path)
     if not os.path.exists(path) and not os.path.exists(previous):
-        path_of_log = os.path.join(folder, log.LOG)
-        has_log = os.path.exists(path_of_log) and os.path.getsize(path_of_log)
-        if not os.path.isdir(folder) or has_log or {RESULTS, CHECKPOINT, EVALUATION} & {*os.listdir(folder)}:
+        names = os.listdir(folder) if os.path.isdir(folder) else [CHECKPOINT]
+        if {CHECKPOINT, EVALUATION, RESULTS} & {*names} or log.LOG in names and log.read(folder, empty=True):
             raise ValueError(f"{folder} exists and has no checkpoint to resume; choose another --trial")
         return Found(folder)  # killed before its first checkpoint
     try:
@@ -113,9 +109,8 @@ def find(exp_dir, trial, resume, name):
 
 def latest_folder(exp_dir, name):
     """The folder in exp_dir whose checkpoint was written last; None if there is none."""
-    pattern = os.path.join(glob.escape(exp_dir), "*", name.replace(".", "*."))
-    path = max(glob.glob(pattern), key=os.path.getmtime, default=None)
-    return None if path is None else os.path.dirname(path)
+    paths = glob.glob(os.path.join(glob.escape(exp_dir), "*", name.replace(".", "*.")))
+    return os.path.dirname(max(paths, key=os.path.getmtime)) if paths else None
 
 
 def load_state(path, name):
@@ -174,10 +169,9 @@ def restore(state, settings, device, parts):
 def git_commit():
     """The commit of the running code, with '-dirty' if tracked files differ; None outside git."""
     command = "git describe --always --dirty --abbrev=40 --exclude=*".split()
-    here = os.path.dirname(__file__)
     try:
-        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+        options = dict(cwd=os.path.dirname(__file__), capture_output=True, text=True, check=True)
+        return subprocess.run(command, **options).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -185,11 +179,12 @@ def git_commit():
 def slice_now(device, epoch):
     """What a start of a run is recorded by: when, from which epoch, with what code, on what."""
     versions = {package.__name__: package.__version__ for package in (torch, torchvision, numpy)}
-    versions["python"] = platform.python_version()
-    versions["cuda"] = torch.version.cuda if device.type == "cuda" else None
-    found = {name: value for name, value in machine(device).items() if name != "torch"}
-    today = datetime.date.today().isoformat()
-    return {"date": today, "epoch": epoch, "commit": git_commit(), **found, "versions": versions}
+    cuda = torch.version.cuda if device.type == "cuda" else None
+    return {
+        "date": datetime.date.today().isoformat(), "epoch": epoch, "commit": git_commit(),
+        "device": describe(device), "processor": processor(),
+        "versions": versions | {"python": platform.python_version(), "cuda": cuda},
+    }
 
 
 def read_config(folder):
@@ -201,11 +196,10 @@ def read_config(folder):
 
 
 def inherited_options(path):
-    """image_size and test_share of the run in whose folder a checkpoint lies; {} if there is none."""
-    try:
+    """image_size and test_share of the run in whose folder a checkpoint lies, if there is one."""
+    settings = {}
+    with contextlib.suppress(OSError, ValueError):
         settings = read_config(os.path.dirname(path))["settings"]
-    except (OSError, ValueError):
-        return {}
     return {name: settings.get(name) for name in ("image_size", "test_share")}
 
 
@@ -219,26 +213,23 @@ def open_run(found, argv, settings, device, parts, begin):
     position = Position()
     if found.state is not None:
         position = restore(found.state, settings, device, parts)
-    run = open_folder(found, argv, settings, device, parts, begin)
-    return run, position
+    return open_folder(found, argv, settings, device, parts, begin), position
 
 
 @on_first(share=False)
 def open_folder(found, argv, settings, device, parts, begin):
     """The Run in the folder that was found, whose config.json gets another slice, or in a new one
     with config.json and a first checkpoint."""
-    folder, state = found
-    if state is not None:
-        run = Run(folder, settings, device, parts, begin - state["time"], state)
+    if found.state is not None:
+        run = Run(found.folder, settings, device, parts, begin, found.state)
         with contextlib.suppress(OSError, ValueError):  # a checkpoint may be moved without it
-            config = read_config(folder)
-            config["slices"] = [*config.get("slices", []), slice_now(device, state["epoch"])]
+            config = read_config(run.folder)
+            config["slices"] = [*config.get("slices", []), slice_now(device, found.state["epoch"])]
             checkpoint.write_json(run.path(CONFIG), config)
         return run
-    path = folder or new_folder(settings["exp_dir"], settings["trial"])
+    folder = found.folder or new_folder(settings["exp_dir"], settings["trial"])
     try:
-        run = Run(path, settings, device, parts, begin)
-        now = slice_now(device, 0)
+        run, now = Run(folder, settings, device, parts, begin), slice_now(device, 0)
         config = {"argv": argv, "settings": settings, **now, "slices": [now]}
         checkpoint.write_json(run.path(CONFIG), config)
         run.write(Position())
@@ -246,33 +237,32 @@ def open_folder(found, argv, settings, device, parts, begin):
             shutil.copyfile(run.path(BACKBONE), run.path(UNTRAINED))
         return run
     except (OSError, ValueError):
-        if folder is None:
-            shutil.rmtree(path, ignore_errors=True)
+        if found.folder is None:
+            shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
 class Run:
-    """A run's folder, locked for this process, and what its checkpoints hold.
+    """A run's folder, locked for this process, and what its checkpoints hold: parts, modules and
+    the like by name.
 
     records: lines of the log. What cannot be written is a warning, and the next checkpoint tries
     again; unsaved: why the last attempt failed, or None. saved_epoch, saved_time (a value of
-    time.monotonic): of the newest checkpoint on the disk. begin: when the run would have begun
-    without pauses. parts: modules, optimizer and scaler by name.
+    time.monotonic): of the newest checkpoint on the disk. begin: as if the run had had no pauses.
     """
 
     def __init__(self, folder, settings, device, parts, begin, state=None):
+        state = state or {"records": [], "epoch": -1, "time": 0.0}
         self.folder, self.settings, self.device, self.parts = folder, settings, device, parts
-        self.begin, self.records, epoch = begin, [], -1
+        self.records, self.begin = list(state["records"]), begin - state["time"]
         self.evaluated = False  # whether this process has evaluated the backbone
-        if state is not None:
-            self.records, epoch = list(state["records"]), state["epoch"]
         try:
             self.lock = checkpoint.lock(self.path(".lock"))
         except BlockingIOError:
             raise ValueError(f"{folder}: another process is working on this run") from None
         log.write(folder, self.records)  # without epochs after the checkpoint
-        self.unsaved, self.saved_epoch, self.saved_time = None, epoch, time.monotonic()
-        self.board = summary_writer(folder, epoch) if settings["tensorboard"] else None
+        self.unsaved, self.saved_epoch, self.saved_time = None, state["epoch"], time.monotonic()
+        self.board = summary_writer(folder, state["epoch"]) if settings["tensorboard"] else None
 
     def __enter__(self):
         return self
@@ -314,17 +304,15 @@ class Run:
     def write(self, position):
         """Write the log, backbone.pt of a pre-training, and the checkpoint. Raises OSError."""
         log.write(self.folder, self.records)
-        state = {
-            "format": FORMAT, "config": self.settings, "machine": machine(self.device),
-            "records": self.records, "time": self.elapsed(), **vars(position),
-            **{name: part.state_dict() for name, part in self.parts.items()},
-        }
         name = EVALUATION
         if "model" in self.parts:
-            name, backbone = CHECKPOINT, self.parts["model"].backbone.state_dict()
-            backbone = {name: value.cpu().contiguous() for name, value in backbone.items()}
+            name, tensors = CHECKPOINT, self.parts["model"].backbone.state_dict()
+            backbone = {key: value.cpu().contiguous() for key, value in tensors.items()}
             checkpoint.save(self.path(BACKBONE), backbone)
-        checkpoint.save(self.path(name), state, keep_previous=True)
+        about = {"format": FORMAT, "config": self.settings, "machine": machine(self.device)}
+        state = {"records": self.records, "time": self.elapsed(), **vars(position)}
+        parts = {key: part.state_dict() for key, part in self.parts.items()}
+        checkpoint.save(self.path(name), about | state | parts, keep_previous=True)
         self.saved_epoch, self.saved_time = position.epoch, time.monotonic()
 
     def save(self, position):
@@ -355,17 +343,14 @@ class Run:
 
     def not_finite(self, position):
         """What is not finite at a position, and what to do, in words; None if all is."""
-        steps = (~position.metrics[:, 0].isfinite()).nonzero()
-        weights = self.parts["model"].state_dict().values()
-        if len(steps):
-            what = f"step {int(steps[0]) + 1} of {self.settings['steps']}: the loss"
-        elif not all(value.isfinite().all() for value in weights):
-            what = f"step {position.step} of {self.settings['steps']}: a weight"
-        else:
-            return None
-        return (f"epoch {position.epoch + 1}, {what} is not finite; the checkpoint of epoch "
-                f"{self.saved_epoch} is kept; start a new run with a lower --learning_rate "
-                f"({self.settings['learning_rate']:g})")
+        steps, what = (~position.metrics[:, 0].isfinite()).nonzero().flatten().tolist(), "the loss"
+        if not steps:
+            if all(value.isfinite().all() for value in self.parts["model"].state_dict().values()):
+                return None
+            steps, what = [position.step - 1], "a weight"
+        return (f"epoch {position.epoch + 1}, step {steps[0] + 1} of {self.settings['steps']}: {what} "
+                f"is not finite; the checkpoint of epoch {self.saved_epoch} is kept; start a new run "
+                f"with a lower --learning_rate ({self.settings['learning_rate']:g})")
 
     def exit_code(self, script, stop, finished):
         """The exit code of a run that ends here, which says so; None if it goes on."""
