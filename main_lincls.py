@@ -56,13 +56,13 @@ def make_parser():
 
 
 class Setup(NamedTuple):
-    """What is trained, with which settings, on what."""
+    """What is trained, with which settings, on what; all training images have labels."""
     args: argparse.Namespace
     device: torch.device
-    data: Dataset                 # all training images have labels
-    backbone: simsiam.resnet.ResNet
+    data: Dataset
+    backbone: torch.nn.Module
     classifier: torch.nn.Linear
-    optimizer: torch.optim.SGD    # for --features augmented
+    optimizer: torch.optim.SGD  # for --features augmented
 
 
 # ---- set-up: all that the user's input can make fail
@@ -76,10 +76,8 @@ def set_up(parser, args, argv, begin):
     if found.state is not None:
         args = runs.resumed_args(parser, argv, found.state["config"])
     setup = prepare(args)
-    parts = {"classifier": setup.classifier, "optimizer": setup.optimizer}
-    command = ["main_lincls.py", *argv]
-    run, position = runs.open_run(found, command, vars(args), setup.device, parts, begin)
-    return setup, run, position
+    parts, words = {"classifier": setup.classifier, "optimizer": setup.optimizer}, [parser.prog, *argv]
+    return setup, *runs.open_run(found, words, vars(args), setup.device, parts, begin)
 
 
 def prepare(args):
@@ -120,15 +118,15 @@ def make_classifier(args, feature_dim):
     classifier = torch.nn.Linear(feature_dim, args.num_cls)
     torch.nn.init.normal_(classifier.weight, std=0.01)
     torch.nn.init.zeros_(classifier.bias)
-    if args.evaluate is not None:
-        try:
-            classifier.load_state_dict(simsiam.read_file(args.evaluate))
-        except (ValueError, RuntimeError, TypeError, AttributeError) as error:
-            raise ValueError(f"{args.evaluate} is no classifier of these features: {error}") from error
-        beside = os.path.join(os.path.dirname(args.evaluate), runs.RESULTS)
-        if os.path.exists(beside) and checkpoint.read_json(beside).get("backbone") != args.backbone:
-            cli.warn(f"{args.evaluate} was trained on the features of another backbone than "
-                     f"{args.pretrained}")
+    if args.evaluate is None:
+        return classifier
+    try:
+        classifier.load_state_dict(simsiam.read_file(args.evaluate))
+    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{args.evaluate} is no classifier of these features: {error}") from error
+    beside = os.path.join(os.path.dirname(args.evaluate), runs.RESULTS)
+    if os.path.exists(beside) and checkpoint.read_json(beside).get("backbone") != args.backbone:
+        cli.warn(f"{args.evaluate} was trained on other features than those of {args.pretrained}")
     return classifier
 
 
@@ -174,22 +172,23 @@ def train_sgd(setup, run, position, test_features, stop):
                 sums += torch.stack((loss.detach() * len(labels), correct))
                 progress.advance(epoch + min(step * batch / size, 1))
             loss, correct = (sums / size).tolist()
-            tested = test(classifier, test_features, data.test_labels)
-            run.log({"epoch": epoch + 1, "train_loss": loss, "train_top1": 100 * correct, **tested,
-                     "lr": optimizer.param_groups[0]["lr"],
-                     "seconds": round(time.perf_counter() - start, 3)})
+            record = {"epoch": epoch + 1, "train_loss": loss, "train_top1": 100 * correct,
+                      **test(classifier, test_features, data.test_labels),
+                      "lr": optimizer.param_groups[0]["lr"],
+                      "seconds": round(time.perf_counter() - start, 3)}
+            run.log(record)
             if not math.isfinite(loss):
                 return
-            summary = f"loss {loss:.3f}, test top-1 {tested['test_top1']:.2f} %"
+            summary = f"loss {loss:.3f}, test top-1 {record['test_top1']:.2f} %"
             progress.advance(epoch + 1, summary, keep=epoch + 1 == args.epochs)
             run.save(runs.Position(epoch + 1))
 
 
 def fit_lbfgs(classifier, features, labels, weight_decay, check=lambda: None):
-    """--features cached: minimize cross-entropy + weight_decay / 2 * |W|^2 by L-BFGS in float64,
-    until no entry of the gradient exceeds 1e-6; W are the weights and biases on standardized
-    features. Returns the cross-entropy and the number of iterations, counted in steps of 20.
-    check: called before each; may raise to end the work."""
+    """--features cached: minimize cross-entropy + weight_decay / 2 * |W|^2 with L-BFGS in float64
+    until no entry of the gradient exceeds 1e-6; W are weights and biases on standardized features.
+    Returns the cross-entropy and the iterations, in steps of 20. check: called before each step; may
+    raise to end the work."""
     features = features.double()
     mean, std = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
     features = (features - mean) / std
@@ -234,7 +233,7 @@ def evaluate(setup, run, position, stop):
 
     def features_of(images):
         autocast = devices.autocast(device, args.precision)
-        return knn.extract_features(backbone, images, autocast, args.mean, args.std, stop.check)
+        return knn.extract_features(backbone, images, autocast, args.mean, args.std, check=stop.check)
 
     try:
         test_features = features_of(data.test_images)
@@ -251,28 +250,24 @@ def evaluate(setup, run, position, stop):
             report.draw_run(run.folder)
         return run.exit_code("main_lincls.py", stop, finished=False)
     finite = [math.isfinite(record["train_loss"]) for record in run.records]
-    finite += [bool(value.isfinite().all()) for value in classifier.parameters()]
-    if not all(finite):
+    if not all(finite) or not all(value.isfinite().all() for value in classifier.parameters()):
         return cli.fail("main_lincls.py", "the loss or the weights are not finite; lower --lr")
-    changed = [name for name, value in backbone.state_dict().items()
-               if not torch.equal(value, frozen[name])]
-    if changed:
-        raise AssertionError(f"the frozen backbone changed: {', '.join(changed)}")
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(value, frozen[name]), f"the frozen backbone changed: {name}"
     return finish(setup, run, test_features, stop)
 
 
 def finish(setup, run, test_features, stop):
     """Print the result; write results.json, the classifier and the plots. Returns the exit code."""
     args, data, classifier = setup.args, setup.data, setup.classifier
-    tested, split = test(classifier, test_features, data.test_labels), "test"
-    if args.validation is not None:
-        split = "validation"
+    tested = test(classifier, test_features, data.test_labels)
     results, how = {"images": len(data.test_images), **tested}, ""
+    split = "test" if args.validation is None else "validation"
     if args.evaluate is None:
         results |= run.records[-1]
         how = "L-BFGS, " if args.features == "cached" else f"epoch {args.epochs}, "
-        weights = {name: value.cpu() for name, value in classifier.state_dict().items()}
         with run.attempt():
+            weights = {name: value.cpu() for name, value in classifier.state_dict().items()}
             checkpoint.save(run.path("classifier.pt"), weights)
     cli.say(f"linear top-1: {tested['test_top1']:.2f} % ({how}{len(data.test_images):,} {split} images)")
     if args.evaluate is None and args.features == "augmented":
