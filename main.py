@@ -16,15 +16,14 @@ import sys
 import time
 from typing import NamedTuple
 
-import utils  # noqa: F401 (before torch)
-import torch
-
-import simsiam
 from utils import augment, cli, device as devices, distributed, knn, log, report, run as runs
 from utils.data import DATASETS, Dataset, load_dataset
+import torch  # after utils, which sets OpenMP up
 
-LR_PER_256 = 0.03  # learning rate for a batch of 256; it scales linearly (appendix D)
-SAVE_SECONDS = 60  # between checkpoints: writing them must not slow down short epochs
+import simsiam
+
+LR_PER_256 = 0.03  # learning rate for a batch of 256 (appendix D)
+SAVE_SECONDS = 60  # between checkpoints, which slow down short epochs
 
 
 def make_parser():
@@ -43,21 +42,21 @@ def make_parser():
     add("--learning_rate", type=rate, help="default: 0.03 * batch_size / 256")
     add("--momentum", type=rate, default=0.9, help="of SGD")
     add("--weight_decay", type=rate, default=5e-4, help="of SGD")
-    add("--view_size", metavar="N|N:SHARE,...", help="pixels of the views (default: the images'); "
-        "or sizes with shares of the epochs: 16:0.5,24:0.25,32:0.25")
+    add("--view_size", metavar="N|N:SHARE,...", help="pixels of the views (default: the "
+        "images'), or shares of the epochs: 16:0.5,24:0.25,32:0.25")
     add("--seed", type=count(0), default=0, help="random seed")
-    add = parser.add_argument_group("the paper's study (ablate.py runs it)").add_argument
-    add("--stop_gradient", action=switch, default=True, help="stop gradients through z (Sec. 4.1)")
-    add("--predictor", choices=simsiam.PREDICTORS, default="learned", help="Sec. 4.2")
-    add("--fix_pred_lr", action="store_true", help="constant rate of the predictor (Sec. 4.2)")
-    add("--head_bn", choices=simsiam.HEAD_BN, default="default", help="batch norm (Sec. 4.4)")
-    add("--similarity", choices=simsiam.DISTANCES, default="cosine", help="of p and z (Sec. 4.5)")
-    add("--symmetry", choices=simsiam.LOSSES, default="symmetric", help="of the loss (Sec. 4.6)")
-    add("--warmup_epochs", type=count(0), default=0, help="epochs of linear warm-up")
+    add = parser.add_argument_group("the paper's study (Sec. 4; ablate.py)").add_argument
+    add("--stop_gradient", action=switch, default=True, help="stop gradients through z (4.1)")
+    add("--predictor", choices=simsiam.PREDICTORS, default="learned", help="Table 1 (4.2)")
+    add("--fix_pred_lr", action="store_true", help="constant rate of the predictor (4.2)")
+    add("--head_bn", choices=simsiam.HEAD_BN, default="default", help="batch norm of the heads (4.4)")
+    add("--similarity", choices=simsiam.DISTANCES, default="cosine", help="of p and z (4.5)")
+    add("--symmetry", choices=simsiam.LOSSES, default="symmetric", help="of the loss (4.6)")
+    add("--warmup_epochs", type=count(0), default=0, help="of linear warm-up")
     add = cli.add_device_options(parser).add_argument
     add("--compile", action=switch, help="compile the step (default: long runs on CUDA)")
-    add("--deterministic", action="store_true", help="bit-identical on CUDA too; slower")
-    add("--sync_bn", action=switch, default=True, help="batch norm over all GPUs of torchrun")
+    add("--deterministic", action="store_true", help="bit-identical on CUDA, slower")
+    add("--sync_bn", action=switch, default=True, help="batch norm over all GPUs")
     add = cli.add_run_options(parser).add_argument
     add("--eval_freq", type=count(1), default=10, help="epochs between kNN monitors")
     add("--untrained", action="store_true", help="evaluate the initial weights too")
@@ -65,28 +64,27 @@ def make_parser():
 
 
 class Setup(NamedTuple):
-    """What is trained, with which settings, on what."""
+    """What is trained, how, and on what."""
     args: argparse.Namespace
     device: torch.device
     data: Dataset
     model: simsiam.SimSiam
     optimizer: torch.optim.SGD
-    scaler: torch.amp.GradScaler  # of the loss; does nothing unless the precision is fp16
+    scaler: torch.amp.GradScaler
 
 
-# ---- set-up: all that the user's input can make fail
+# ---- set-up
 
 
 def set_up(parser, args, argv, begin):
-    """The Setup, the run (None except in the first process), and the Position to train from."""
+    """The Setup, the run (None but in the first process), and the Position to train from."""
     found = runs.find(args.exp_dir, args.trial, args.resume, runs.CHECKPOINT)
     if found.state is not None:
         args = runs.resumed_args(parser, argv, found.state["config"])
     setup = prepare(args)
     _, device, data, model, optimizer, scaler = setup
     order, draws = draw_epoch(args, 0, data.train_images, device)
-    distributed.require_same("other training images, or another order of them",
-                             [args.data_digest, order.tolist()])
+    distributed.require_same("other images or order", [args.data_digest, order.tolist()])
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     run, position = runs.open_run(found, ["main.py", *argv], vars(args), device, parts, begin)
     if run:
@@ -96,7 +94,7 @@ def set_up(parser, args, argv, begin):
 
 @distributed.in_turns
 def prepare(args):
-    """Complete and check the settings; make what they say."""
+    """Complete and check the settings, and make what they say."""
     device = devices.select_device(args.gpu)
     devices.set_determinism(args.deterministic)
     args.precision = devices.select_precision(args.precision, device)
@@ -111,7 +109,7 @@ def prepare(args):
     if args.batch_size > count:
         raise ValueError(f"--batch_size {args.batch_size}: there are {count} training images")
     args.data_digest = data.digest()
-    args.steps = count // args.batch_size  # of an epoch; the last partial batch is dropped
+    args.steps = count // args.batch_size  # an epoch; the last partial batch is dropped
     args.views = 4 if args.symmetry == "asymmetric_2x" else 2
     args.view_size = str(args.image_size) if args.view_size is None else args.view_size
     augment.view_sizes(args.view_size, args.epochs)  # raises for a bad schedule
@@ -140,15 +138,15 @@ def build(args, device):
 
 
 def cosine(rate, epoch, epochs, warmup=0):
-    """Learning rate of an epoch, counted from 0. The first after a linear warm-up has the full."""
+    """Learning rate of an epoch, counted from 0; the first after warm-up has the full one."""
     if epoch < warmup:
         return rate * (epoch + 1) / (warmup + 1)
     return rate * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
 
 
 def draw_epoch(args, epoch, images, device):
-    """Everything random in an epoch, a function of (seed, epoch): the order of the images, int64
-    [steps * batch_size] on their device, and a list of Draws, one for each view of every image."""
+    """All randomness of an epoch, a function of (seed, epoch): the order of the images, int64
+    [steps * batch_size] on their device, and a list of Draws, one for each view of all images."""
     generator = augment.epoch_generator(args.seed, epoch, device)
     count = args.steps * args.batch_size
     order = torch.randperm(len(images), generator=generator, device=device)[:count]
@@ -158,18 +156,18 @@ def draw_epoch(args, epoch, images, device):
 
 def make_forward(args, model, device):
     """The forward pass of a step: images uint8 [B, 3, H, W], pixels of the views, a list of Draws
-    -> loss and feature_std, float32 scalars. Compiled as one function on CUDA, for each size."""
+    -> loss and feature_std, float32 scalars. On CUDA compiled, for each size."""
     autocast = devices.autocast(device, args.precision)
     layout = devices.memory_layout(device, args.width, args.batch_size)
     distance, loss_of = simsiam.DISTANCES[args.similarity], simsiam.LOSSES[args.symmetry]
 
     def forward(images, size, draws):
         losses, stds = [], []
-        for i in range(0, len(draws), 2):                              # pairs of views
+        for i in range(0, len(draws), 2):  # pairs of views
             x1, x2 = augment.make_views(images, draws[i:i + 2], size)  # [B, 3, size, size] each
             x1, x2 = x1.contiguous(memory_format=layout), x2.contiguous(memory_format=layout)
             with autocast():
-                p1, p2, z1, z2 = model(x1, x2)                         # [B, dim] each
+                p1, p2, z1, z2 = model(x1, x2)  # [B, dim] each
             losses.append(loss_of(p1, p2, z1, z2, distance))
             stds.append(simsiam.feature_std(z1).detach())
         return sum(losses) / len(losses), sum(stds) / len(stds)
@@ -187,7 +185,7 @@ def pretrain(setup, run, position, stop):
     with cli.Progress(args.epochs, position.epoch + position.step / steps) as progress:
         for epoch in range(position.epoch, args.epochs):
             rate = cosine(args.learning_rate, epoch, args.epochs, args.warmup_epochs)
-            optimizer.param_groups[0]["lr"] = rate  # the second group (--fix_pred_lr) keeps it
+            optimizer.param_groups[0]["lr"] = rate  # a second group keeps its own
             order, draws = draw_epoch(args, epoch, data.train_images, device)
             first = done = position.step
             metrics = torch.zeros(steps, 2, device=device)  # loss and std of each step
@@ -223,8 +221,8 @@ def pretrain(setup, run, position, stop):
 
 @distributed.on_first()
 def end_epoch(setup, run, position, stop, progress):
-    """After an epoch's last step, or a stop: checkpoint, kNN, log, plots. Returns the position to go
-    on from, and the exit code if the run ends here, else None."""
+    """Checkpoint, kNN, log, plots after an epoch, or after a stop in it. Returns the position to go
+    on from, and the exit code if the run ends here."""
     args, epoch = setup.args, position.epoch + 1
     problem = run.not_finite(position)
     if problem:
@@ -250,7 +248,7 @@ def end_epoch(setup, run, position, stop, progress):
 
 
 def evaluate(setup, run, stop):
-    """The metrics of kNN; {} where they cannot be had, as without memory: training goes on."""
+    """The metrics of kNN; {} where they cannot be had: training goes on."""
     autocast, metrics = devices.autocast(setup.device, setup.args.precision), {}
     with run.optional("kNN"):
         metrics = knn.monitor(setup.model.backbone, setup.data, autocast, stop.check)
@@ -260,7 +258,7 @@ def evaluate(setup, run, stop):
 
 @distributed.on_first()
 def evaluate_untrained(setup, run, stop):
-    """Log the metrics of the initial weights as epoch 0, unless they are there."""
+    """Log the metrics of the initial weights as epoch 0."""
     with contextlib.suppress(cli.Stopped):
         if not run.records:
             run.log({"epoch": 0, **evaluate(setup, run, stop)})
