@@ -3,8 +3,8 @@ from torch import nn
 
 PREDICTORS = ("learned", "fixed", "none")  # Sec. 4.2, Table 1
 
-# Whether a batch norm follows the projector's hidden layers, its output, the predictor's hidden layer, its output:
-# the rows of Table 3.
+# Table 3: whether a batch norm follows the projector's hidden layers, its output, the predictor's
+# hidden layer, its output.
 HEAD_BN = {
     "none": (False, False, False, False),
     "hidden": (True, False, True, False),
@@ -14,8 +14,8 @@ HEAD_BN = {
 
 
 def make_head(dims, hidden_bn, output_bn):
-    """An MLP with layer sizes `dims`: Linear-BN-ReLU for hidden layers, Linear-BN without affine for the output. A
-    linear layer has a bias only where no batch norm follows."""
+    """An MLP with layer sizes `dims`: Linear-BN-ReLU for hidden layers, Linear-BN without affine for the
+    output. A linear layer has a bias only where no batch norm follows."""
     layers = []
     for i, (in_dim, out_dim) in enumerate(zip(dims, dims[1:])):
         last = i == len(dims) - 2
@@ -30,14 +30,15 @@ def make_head(dims, hidden_bn, output_bn):
 
 class SimSiam(nn.Module):
     """Backbone, projector and predictor as separate attributes.
-    backbone: module [B, 3, H, W] -> [B, backbone.feature_dim]. dim: size of z and p. pred_dim: the predictor's
-    bottleneck. num_proj_layers: 2 on CIFAR (appendix D), 3 on ImageNet.
-    The rest are the variants of Sec. 4, all with the same initial weights. head_bn: a key of HEAD_BN. predictor:
-    'fixed' keeps the initial weights, 'none' makes p equal z. stop_gradient: False lets gradients into the targets.
+
+    backbone: module [B, 3, H, W] -> [B, backbone.feature_dim]. dim: size of z and p. pred_dim: the
+    predictor's bottleneck. num_proj_layers: 2 on CIFAR (appendix D), 3 on ImageNet. The rest are the
+    variants of Sec. 4, all with the same initial weights. head_bn: a key of HEAD_BN. predictor: 'fixed'
+    keeps the initial weights, 'none' makes p equal z. stop_gradient: False trains the targets too.
     """
 
-    def __init__(self, backbone, dim=2048, pred_dim=512, num_proj_layers=2, head_bn="default", predictor="learned",
-                 stop_gradient=True):
+    def __init__(self, backbone, dim=2048, pred_dim=512, num_proj_layers=2, head_bn="default",
+                 predictor="learned", stop_gradient=True):
         super().__init__()
         if num_proj_layers < 1:
             raise ValueError(f"num_proj_layers must be at least 1, not {num_proj_layers}")
@@ -52,8 +53,8 @@ class SimSiam(nn.Module):
             self.predictor = nn.Identity()
 
     def forward(self, x1, x2):
-        """Two views of the same images, [B, 3, H, W] each -> p1, p2, z1, z2, [B, dim] each. The views pass through the
-        network one after the other, so each has its own batch statistics."""
+        """Two views of the same images, [B, 3, H, W] each -> p1, p2, z1, z2, [B, dim] each. The views pass
+        through the network one after the other: each has its own batch statistics."""
         z1 = self.projector(self.backbone(x1))  # [B, dim]
         z2 = self.projector(self.backbone(x2))
         p1 = self.predictor(z1)

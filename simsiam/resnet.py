@@ -1,20 +1,20 @@
-"""CIFAR ResNets: a 3x3 stem with stride 1, no max-pool and no fc (paper, appendix D). Names follow torchvision's."""
+"""CIFAR ResNets: 3x3 stem with stride 1, no max-pool, no fc (paper, appendix D). torchvision's names."""
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 
 def conv_as_matmul(x, weight, stride):
-    """A 3x3 convolution padded by 1 as one matrix product of shifted slices: x [B, C, H, W], weight [O, C, 3, 3]."""
+    """A 3x3 convolution padded by 1 as a product of shifted slices: x [B, C, H, W], weight [O, C, 3, 3]."""
     h, w = x.shape[2:]
-    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))                                # [B, H + 2, W + 2, C]
+    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))                   # [B, H + 2, W + 2, C]
     slices = [x[:, i:i + h:stride, j:j + w:stride] for i in range(3) for j in range(3)]
-    return F.linear(torch.cat(slices, dim=3), weight.permute(0, 2, 3, 1).flatten(1)).permute(0, 3, 1, 2)
+    matrix = weight.permute(0, 2, 3, 1).flatten(1)                         # [O, 9 * C]
+    return F.linear(torch.cat(slices, dim=3), matrix).permute(0, 3, 1, 2)
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d; on the CPU in bf16 a matrix product where the maps are so small that oneDNN is slow: a training step
-    is 19 % faster at width 64, 12 % at width 32 with views of 16 pixels."""
+    """nn.Conv2d; on the CPU in bf16 a matrix product where the maps are so small that oneDNN is slow."""
 
     def forward(self, x):
         size = x.shape[2] // self.stride[0]
@@ -32,7 +32,7 @@ def conv_bn(in_channels, out_channels, kernel_size, stride=1):
 
 
 def shortcut(in_channels, out_channels, stride):
-    """The projection of a residual block whose output differs in shape from its input; None if it does not."""
+    """The projection of a residual block whose output has another shape than its input, else None."""
     if stride == 1 and in_channels == out_channels:
         return None
     return nn.Sequential(*conv_bn(in_channels, out_channels, 1, stride))
@@ -80,10 +80,10 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A CIFAR ResNet: normalized images [B, 3, H, W], any H, W >= 8 -> features [B, feature_dim]. The four stages have
-    width, 2, 4 and 8 times width channels at full, half, quarter and eighth resolution, followed by global average
-    pooling. Initialized as torchvision's: convolutions by He's normal distribution (fan out)."""
-    stem_relu = True  # simsiam.weights clears it for checkpoints of code that has no ReLU after the stem
+    """A CIFAR ResNet: normalized images [B, 3, H, W], any H, W >= 8 -> features [B, feature_dim]. The four
+    stages have 1, 2, 4 and 8 times `width` channels at full, half, quarter and eighth resolution, followed
+    by global average pooling. Convolutions start from He's normal distribution (fan out), as torchvision's."""
+    stem_relu = True  # simsiam.weights clears it for checkpoints of code without a ReLU after the stem
 
     def __init__(self, block, depths, width=64):
         super().__init__()

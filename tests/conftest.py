@@ -50,7 +50,7 @@ def cifar(cifar_root):
 
 @pytest.fixture(scope="session", name="shapes")
 def shapes_data():
-    return load_dataset("shapes", None, torch.device("cpu"), 1000, 500)
+    return load_dataset("shapes", None, torch.device("cpu"), train_size=1000, test_size=500)
 
 
 @pytest.fixture(autouse=True)

@@ -100,17 +100,16 @@ def bare_shortcut():
     return model, under("_orig_mod.", with_shortcuts(model.state_dict()))
 
 
-IMAGENET = "0.485 0.456 0.406 and std 0.229 0.224 0.225"
-LAYOUTS = {  # the function, and what load_backbone prints of it: whose it is, and what differs there
-    "Reza-Safdari": (reza_safdari, "Reza-Safdari", "0.4914 0.4822 0.4465 and std 0.2023 0.1994 0.2010"),
-    "PatrickHua": (patrick_hua, "PatrickHua", IMAGENET),
-    "PatrickHua, early": (patrick_hua_early, "encoder."),
-    "lightly, benchmark": (lightly, "lightly", IMAGENET, "no ReLU"),
-    "lightly": (lambda: lightly(benchmark=False), "lightly", IMAGENET),
-    "solo-learn": (solo_learn, "solo-learn", "padded by 2"),
-    "solo-learn, early": (lambda: solo_learn("encoder."), "solo-learn", "padded by 2"),
-    "solo-learn, state dict": (lambda: solo_learn(lightning=False), "solo-learn", "pads by 2"),
-    "facebookresearch": (facebookresearch, "facebookresearch", IMAGENET),
-    "torchvision": (torchvision_downsample, "state dict of a CIFAR ResNet"),
-    "kuangliu": (bare_shortcut, "state dict of a CIFAR ResNet"),
+LAYOUTS = {  # the function, and what load_backbone prints of it
+    "Reza-Safdari": (reza_safdari, "state_dict.backbone.conv1", "169 more ignored"),
+    "PatrickHua": (patrick_hua, "state_dict.module.backbone.conv1", "155 more ignored"),
+    "PatrickHua, early": (patrick_hua_early, "state_dict.encoder.0", "14 more ignored"),
+    "lightly, benchmark": (lightly, "state_dict.backbone.0", "no ReLU after the stem"),
+    "lightly": (lambda: lightly(benchmark=False), "state_dict.backbone.conv1", "14 more ignored"),
+    "solo-learn": (solo_learn, "state_dict.backbone.conv1", "stem padded by 2"),
+    "solo-learn, early": (lambda: solo_learn("encoder."), "state_dict.encoder.conv1", "stem padded by 2"),
+    "solo-learn, state dict": (lambda: solo_learn(lightning=False), " backbone.conv1", "21 more ignored"),
+    "facebookresearch": (facebookresearch, "state_dict.module.encoder.conv1", "28 more ignored"),
+    "torchvision": (torchvision_downsample, " conv1", "2 more ignored"),
+    "kuangliu": (bare_shortcut, "_orig_mod.conv1", "0 more ignored"),
 }

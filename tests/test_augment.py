@@ -101,9 +101,12 @@ def test_a_view_depends_only_on_its_image_and_draws(images):
     views = apply_views(images, draws)
     for rows in (slice(0, 1), slice(60, 130)):
         torch.testing.assert_close(apply_views(images[rows], draws.rows(rows)), views[rows], rtol=0, atol=1e-5)
-    pair = augment.apply_two_views(images, draws, draw(len(images), 5))
-    for two, alone in zip(pair, (views, apply_views(images, draw(len(images), 5)))):
-        torch.testing.assert_close(two, alone, rtol=0, atol=1e-5)
+    for count in (1, 2, 4):
+        several = [draw(len(images), seed) for seed in range(count)]
+        together = augment.make_views(images, several)
+        assert len(together) == count
+        for made, alone in zip(together, several):
+            torch.testing.assert_close(made, apply_views(images, alone), rtol=0, atol=1e-5)
 
 
 @on_devices

@@ -2,22 +2,34 @@
 import hashlib
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
 import torchvision
-from PIL import Image
-from torchvision.datasets import CIFAR10
-from torchvision import transforms
+from torchvision.datasets import CIFAR10, STL10, SVHN
+from torchvision.transforms import functional
 
+import main as pretraining
+import main_lincls
+from utils import checkpoint, log
 from utils.augment import MEAN, STD
 from utils.data import balanced_subset, hold_out, load_dataset
-from utils.images import load_folder, read_image
 from utils.shapes import draw_shapes
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("no route to host")
+
+    for name in ("cifar.download_and_extract_archive", "stl10.download_and_extract_archive", "svhn.download_url"):
+        monkeypatch.setattr(f"torchvision.datasets.{name}", fail)
 
 
 def test_cifar10_matches_torchvision(cifar, cifar_root):
@@ -26,6 +38,11 @@ def test_cifar10_matches_torchvision(cifar, cifar_root):
         reference = torchvision.datasets.CIFAR10(cifar_root, train=train)
         assert reference.targets == labels.tolist() and reference.classes == list(cifar.classes)
         assert np.array_equal(reference.data, images.permute(0, 2, 3, 1).numpy())
+    part = load_dataset("cifar10", cifar_root, CPU, train_size=100, test_size=7)  # the first images of the files
+    for tensor, whole, size in zip(part, cifar, (100, 100, 7, 7)):
+        assert torch.equal(tensor, whole[:size])
+    with pytest.raises(ValueError, match="50001"):
+        load_dataset("cifar10", cifar_root, CPU, train_size=50_001)
 
 
 def test_mean_and_std_are_those_of_the_training_pixels(cifar):
@@ -59,38 +76,26 @@ def test_images_without_labels_stay_in_the_training_split():
     assert torch.equal(held_labels, held[:, 0] % 4) and torch.equal(rest_labels[:10], rest[:10, 0] % 4)
 
 
-def test_sizes_take_the_first_images_of_the_files(cifar, cifar_root):
-    part = load_dataset("cifar10", cifar_root, CPU, train_size=100, test_size=7)
-    for tensor, whole, size in zip(part, cifar, (100, 100, 7, 7)):
-        assert torch.equal(tensor, whole[:size])
-    with pytest.raises(ValueError, match="50001"):
-        load_dataset("cifar10", cifar_root, CPU, train_size=50_001)
-
-
-def test_damaged_files_are_not_used(cifar_root, tmp_path, monkeypatch):
-    def no_network(*args, **kwargs):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
+def test_damaged_files_are_not_used(cifar_root, tmp_path, no_network):
     source, copy = Path(cifar_root, "cifar-10-batches-py").resolve(), tmp_path / "cifar-10-batches-py"
     copy.mkdir()
     for file in source.iterdir():
         if file.name != "data_batch_3":
             (copy / file.name).symlink_to(file)
     (copy / "data_batch_3").write_bytes((source / "data_batch_3").read_bytes()[:-1])
-    with pytest.raises(OSError, match="no intact cifar-10-batches-py"):
+    with pytest.raises(OSError, match="cifar-10-batches-py is missing or damaged"):
         load_dataset("cifar10", str(tmp_path), CPU)
 
 
-def test_a_failed_download_names_the_alternatives(tmp_path, monkeypatch):
-    def no_network(*args, **kwargs):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10", "svhn"])
+def test_a_failed_download_names_the_alternatives_and_unknown_names_are_refused(name, tmp_path, no_network):
     with pytest.raises(OSError, match="no route to host.*--data_root.*--dataset shapes"):
-        load_dataset("cifar10", str(tmp_path / "empty"), CPU)
+        load_dataset(name, str(tmp_path / "empty"), CPU)
+    assert not os.listdir(tmp_path)
     with pytest.raises(ValueError, match="cifar10, .*shapes"):
-        load_dataset("mnist", str(tmp_path), CPU)
+        load_dataset("mnist", "data", CPU)
+    with pytest.raises(TypeError, match="training_size"):
+        load_dataset(name, "data", CPU, training_size=100)
 
 
 def test_shapes_are_a_function_of_the_seed(shapes):
@@ -117,130 +122,67 @@ def test_balanced_subset_takes_the_same_share_of_each_class():
     assert balanced_subset(labels, 1e-9, 0).numel() == 10
 
 
-def test_load_folder_matches_image_folder(tmp_path, capsys):
-    images = torch.randint(256, (3, 3, 80, 50), generator=torch.Generator().manual_seed(0)).byte()
-    paths = [tmp_path / "b" / "0.png", tmp_path / "a" / "1.png", tmp_path / "b" / "2.PNG"]
-    for path, image in zip(paths, images):
-        path.parent.mkdir(exist_ok=True)
-        torchvision.utils.save_image(image / 255, path, format="png")
-    transform = transforms.Compose([transforms.Resize(40), transforms.CenterCrop(40), transforms.PILToTensor()])
-    reference = torchvision.datasets.ImageFolder(tmp_path, transform)
-    (tmp_path / ".hidden").mkdir()
-    (tmp_path / "loose.png").write_bytes(paths[0].read_bytes())
-    loaded, labels, classes, files = load_folder(str(tmp_path), 40)
-    order = sorted(range(3), key=lambda i: os.path.basename(reference.samples[i][0]))
-    assert list(classes) == reference.classes
-    assert list(zip(files, labels.tolist())) == [reference.samples[i] for i in order]
-    assert torch.equal(loaded, torch.stack([reference[i][0] for i in order]))
-    assert "1 image" in capsys.readouterr().err
-    loaded, labels, classes, files = load_folder(str(tmp_path / "b"), 40)  # no folders of classes
-    assert labels.tolist() == [-1, -1] and not classes and loaded.shape == (2, 3, 40, 40)
-    paths[0].write_bytes(b"no image")
-    with pytest.raises(OSError, match="0.png"):
-        load_folder(str(tmp_path), 40)
-    with pytest.raises(OSError, match="images"):
-        load_folder(str(tmp_path / ".hidden"), 40)
-    (tmp_path / "b" / "none").mkdir()
-    for content in ("notes.txt", ".hidden.png"):
-        with pytest.raises(OSError, match="none.*no images"):
-            load_folder(str(tmp_path / "b"), 40)
-        (tmp_path / "b" / "none" / content).touch()
-
-
-def test_the_same_picture_in_any_mode_is_the_same_image(tmp_path, capsys):
-    """16-bit gray as 8-bit gray, transparency on white, orientation tags, and what has no defined range."""
-    gray = torch.randint(256, (40, 56), generator=torch.Generator().manual_seed(0)).byte().numpy()
-    color = Image.fromarray(np.stack((gray, gray.T.reshape(40, 56), 255 - gray), axis=2))
-    binary = Image.fromarray(np.where(gray > 127, 255, 0).astype(np.uint8))
-    glass = color.copy()
-    glass.putalpha(Image.fromarray(gray))
-    on_white = np.asarray(color) * (gray[..., None] / 255) + 255 - gray[..., None]
-    palette = color.quantize(64)
-    transparent = palette.copy()
-    transparent.info["transparency"] = 0
-    holes = np.where(np.asarray(palette)[..., None] == 0, 255, np.asarray(palette.convert("RGB")))
-    turned = Image.Exif()
-    turned[0x0112] = 6  # to be shown turned by 90 degrees clockwise
-    sixteen = Image.fromarray(gray.astype(np.uint16) * 257)
-    cases = [  # name, file, and the RGB image that it is
-        ("gray.png", Image.fromarray(gray), np.stack([gray] * 3, 2)), ("16.png", sixteen, np.stack([gray] * 3, 2)),
-        ("16.tiff", sixteen, np.stack([gray] * 3, 2)), ("16.pgm", sixteen, np.stack([gray] * 3, 2)),
-        ("big-endian.tif", Image.fromarray((gray.astype(">u2") * 257).astype(">u2")), np.stack([gray] * 3, 2)),
-        ("1-bit.png", binary.convert("1"), np.asarray(binary.convert("RGB"))), ("color.bmp", color, np.asarray(color)),
-        ("alpha.png", glass, on_white), ("palette.png", palette, np.asarray(palette.convert("RGB"))),
-        ("transparent.png", transparent, holes), ("gray-alpha.png", glass.convert("LA"), None),
-        ("cmyk.tif", color.convert("CMYK"), np.asarray(color)),
-        ("turned.png", color.transpose(Image.Transpose.ROTATE_90), np.asarray(color)),
-    ]
-    for name, image, expected in cases:
-        image.save(tmp_path / name, **({"exif": turned} if name == "turned.png" else {}))
-        if expected is not None:
-            read = np.asarray(read_image(tmp_path / name)).astype(float)
-            assert read.shape == (40, 56, 3) and np.abs(read - expected).max() <= 1, name
-    (tmp_path / "notes.txt").write_text("text")
-    (tmp_path / "moving.gif").write_bytes(b"GIF")
-    (tmp_path / "._gray.png").write_bytes(b"not data")
-    capsys.readouterr()
-    assert len(load_folder(str(tmp_path), 16)[0]) == len(cases)
-    warning = capsys.readouterr().err
-    assert warning.count("\n") == 1 and "2 files skipped: 1 .gif, 1 .txt" in warning
-    for dtype, name in ((np.int32, "32.tif"), (np.float32, "float.tiff"), (np.int16, "signed.tif")):
-        Image.fromarray(gray.astype(dtype)).save(tmp_path / name)
-        with pytest.raises(OSError, match=f"{name}.*range"):
-            load_folder(str(tmp_path), 16)
-        (tmp_path / name).unlink()
-
-
-def test_a_transparent_level_of_gray_is_white_with_16_bits_too(tmp_path):
-    gray = np.arange(0, 240, dtype=np.uint8).reshape(15, 16)
-    Image.fromarray(gray).save(tmp_path / "8.png", transparency=7)
-    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "16.png", transparency=7 * 257)
-    eight, sixteen = (np.asarray(read_image(tmp_path / name)) for name in ("8.png", "16.png"))
-    assert (eight == np.where(gray == 7, 255, gray)[..., None]).all() and (eight == sixteen).all()
-
-
-def test_hidden_files_and_folders_are_no_data_at_any_depth(tmp_path):
-    image = Image.new("RGB", (8, 8))
-    for name in ("a/1.png", "a/deep/2.png", "a/.cache/3.png", "a/deep/._2.png", ".ipynb_checkpoints/4.png", "b/5.png",
-                 "__MACOSX/a/6.png", "b/__MACOSX/7.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        image.save(tmp_path / name)
-    _, labels, classes, files = load_folder(str(tmp_path), 8)
-    assert classes == ["a", "b"] and labels.tolist() == [0, 0, 1]
-    assert [os.path.relpath(file, tmp_path) for file in files] == ["a/1.png", "a/deep/2.png", "b/5.png"]
-
-
-@pytest.mark.parametrize("root", ["{}", "{}/..", "{}/cifar-10-batches-py", "{}/cifar-10-batches-py/", "renamed/files"])
-def test_a_root_one_level_too_high_or_too_deep_is_understood(root, tmp_path, monkeypatch, capsys):
-    """With files of CIFAR's format that are too small to pass its checksums, in a folder that may not be written."""
+def test_stl10_trains_on_all_and_classifies_what_has_labels(tmp_path, monkeypatch, no_figures, no_gpu):
+    """Files of its format: images [3, 96, 96] with columns before rows, labels from 1."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(STL10, "_check_integrity", lambda dataset: True)
+    place = tmp_path / "data" / "stl10_binary"
+    place.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    images = {name: rng.integers(256, size=(n, 3, 96, 96), dtype=np.uint8)
+              for name, n in (("train", 40), ("test", 20), ("unlabeled", 30))}
+    labels = {name: rng.integers(10, size=len(images[name])) for name in ("train", "test")}
+    for name in images:
+        images[name].transpose(0, 1, 3, 2).tofile(place / f"{name}_X.bin")
+        if name in labels:
+            (labels[name] + 1).astype(np.uint8).tofile(place / f"{name}_y.bin")
+    (place / "class_names.txt").write_text("\n".join("abcdefghij"))
+    loaded = load_dataset("stl10", "data", CPU)
+    assert np.array_equal(loaded.train_images, np.concatenate((images["train"], images["unlabeled"])))
+    assert loaded.train_labels.tolist() == [*labels["train"], *[-1] * 30] and loaded.classes == [*"abcdefghij"]
+    assert np.array_equal(loaded.labeled()[0], images["train"]) and loaded.has_classes
+    assert np.array_equal(loaded.test_images, images["test"]) and loaded.test_labels.tolist() == labels["test"].tolist()
+    assert len(load_dataset("stl10", "data", CPU, unlabeled=False).train_images) == 40
+    small = load_dataset("stl10", "data", CPU, image_size=48).train_images
+    expected = functional.resize(loaded.train_images[:5], [48, 48], antialias=True)
+    assert small.shape == (70, 3, 48, 48) and (small[:5].int() - expected.int()).abs().max() <= 1
+    small = "--width 4 --dim 32 --pred_dim 16 --batch_size 32 --epochs 2 --eval_freq 1 --precision fp32"
+    assert pretraining.main(f"{small} --dataset stl10 --image_size 32 --data_root data".split()) == 0
+    assert "knn1" in log.read("experiments/1")[-1]
+    command = "--pretrained experiments/1/backbone.pt --features cached --dataset stl10 data"
+    assert main_lincls.main(command.split()) == 0
+    assert checkpoint.read_json("experiments/2/config.json")["settings"]["image_size"] == 32
+
+
+def test_svhn_is_read_from_its_files(tmp_path, monkeypatch):
+    """Files of its format: images [32, 32, 3, N], and 10 as the label of zeros."""
+    monkeypatch.setattr(SVHN, "_check_integrity", lambda dataset: True)
+    monkeypatch.setattr(SVHN, "download", lambda dataset: None)
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(256, size=(32, 32, 3, 12), dtype=np.uint8), rng.integers(1, 11, size=(12, 1))
+    for split, rows in (("train", slice(0, 8)), ("test", slice(8, 12))):
+        scipy.io.savemat(tmp_path / f"{split}_32x32.mat", {"X": images[..., rows], "y": labels[rows].astype(np.uint8)})
+    loaded = load_dataset("svhn", str(tmp_path), CPU)
+    assert np.array_equal(loaded.train_images, images[..., :8].transpose(3, 2, 0, 1))
+    assert torch.cat((loaded.train_labels, loaded.test_labels)).tolist() == (labels[:, 0] % 10).tolist()
+    assert loaded.classes == list("0123456789")
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(OSError, match="requires the package scipy"):
+        load_dataset("svhn", str(tmp_path), CPU)
+
+
+@pytest.mark.parametrize("root", ["{}", "{}/cifar-10-batches-py", "{}/cifar-10-batches-py/"])
+def test_a_root_that_is_the_folder_of_the_files_is_understood(root, tmp_path, monkeypatch):
+    """With files of CIFAR's format that are too small to pass its checksums."""
     folder = tmp_path / "my data é" / "cifar-10-batches-py"
-    if root == "renamed/files":
-        folder = tmp_path / "renamed" / "files"
     folder.mkdir(parents=True)
-    for name in [name for name, _ in CIFAR10.train_list + CIFAR10.test_list]:
+    for name, _ in CIFAR10.train_list + CIFAR10.test_list:
         batch = {"data": np.zeros((2, 3072), dtype=np.uint8), "labels": [0, 9]}
         (folder / name).write_bytes(pickle.dumps(batch))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("0123456789")}))
     monkeypatch.setattr(CIFAR10, "_check_integrity", lambda dataset: True)
     monkeypatch.setattr(CIFAR10, "_load_meta", lambda dataset: setattr(dataset, "classes", list("0123456789")))
-    for path in (folder, folder.parent):
-        path.chmod(0o555)
-    data = load_dataset("cifar10", root.format("my data é"), CPU)
+    data = load_dataset("cifar10", root.format(folder.parent), CPU)
     assert data.train_images.shape == (10, 3, 32, 32) and data.test_labels.tolist() == [0, 9]
-    assert ("reading" in capsys.readouterr().out) == (root != "{}")
-
-
-def test_incomplete_data_are_not_completed_elsewhere(tmp_path, monkeypatch):
-    """A renamed folder with some of the files: the download goes where it was asked for. A file is no folder."""
-    for folder in ("renamed", "deep/other/cifar-10-batches-py"):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "data_batch_1").touch()
-    asked = []
-    monkeypatch.setattr(CIFAR10, "download", lambda dataset: asked.append(dataset.root))
-    for root in ("renamed", "deep"):
-        with pytest.raises(OSError, match="no intact"):
-            load_dataset("cifar10", str(tmp_path / root), CPU)
-        assert asked.pop() == str(tmp_path / root)
     with pytest.raises(OSError, match="is a file"):
-        load_dataset("cifar10", str(tmp_path / "renamed" / "data_batch_1"), CPU)
+        load_dataset("cifar10", str(folder / "test_batch"), CPU)

@@ -1,5 +1,6 @@
-"""Figures, report.html, metrics of features, and tables of logs, against closed forms and other implementations."""
+"""Plots, report.html, metrics of features, and tables of logs, against closed forms and other implementations."""
 import base64
+import json
 import math
 import os
 import re
@@ -19,7 +20,12 @@ import main_lincls
 import simsiam
 import visualize
 from utils import checkpoint, knn, log, plot, report
-from utils.augment import apply_two_views, draw_views, normalize
+from utils.augment import draw_views, make_views, normalize
+
+
+def write_log(folder, records):
+    """log.jsonl, one JSON object a line."""
+    Path(folder, log.LOG).write_text("".join(f"{json.dumps(record)}\n" for record in records))
 
 
 def write_run(folder, value=1.0, argv=("main.py",), **settings):
@@ -29,17 +35,17 @@ def write_run(folder, value=1.0, argv=("main.py",), **settings):
     config = {"argv": argv, "commit": None, "device": "CPU, <1> thread", "versions": {}, "settings": settings}
     checkpoint.write_json(folder / "config.json", config)
     first, second = ({"epoch": epoch, "loss": -0.1 * value * epoch, "std": 0.9} for epoch in (1, 2))
-    log.append(folder, [first, second | {"knn1": 30.0 * value, "knn200": 40.0 * value}])
+    write_log(folder, [first, second | {"knn1": 30.0 * value, "knn200": 40.0 * value}])
     return str(folder)
 
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The saved figures by name."""
-    figures, savefig = {}, Figure.savefig
+    """The saved plots by name, as Figures."""
+    plots, savefig = {}, Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: [
-        figures.update({os.path.basename(path).removesuffix(".png"): figure}), savefig(figure, path)])
-    return figures
+        plots.update({os.path.basename(path).removesuffix(".png"): figure}), savefig(figure, path)])
+    return plots
 
 
 def curves(figure):
@@ -88,10 +94,11 @@ def test_a_folder_of_any_name_has_figures_and_a_page(tmp_path, drawn, name, labe
     assert labels == [label, "other"] and len(read_page(tmp_path / name / "report.html")[1]) == 3
 
 
-def test_views_show_the_images_with_their_crops_and_the_normalized_views(tmp_path, drawn, shapes):
-    images, draws = shapes.train_images[:2], [draw_views(2, torch.Generator().manual_seed(seed)) for seed in (0, 1)]
-    views = apply_two_views(images, *draws)
-    plot.plot_views(str(tmp_path), images, *views, *draws, columns=2)
+@pytest.mark.parametrize("count", [2, 4])
+def test_views_show_the_images_with_their_crops_and_the_normalized_views(tmp_path, drawn, shapes, count):
+    images, draws = shapes.train_images[:2], [draw_views(2, torch.Generator().manual_seed(i)) for i in range(count)]
+    views = make_views(images, draws)
+    plot.plot_views(str(tmp_path), images, views, draws, columns=2)
     pixels = [torch.tensor(axes.images[0].get_array()).permute(2, 0, 1) for axes in drawn["views"].axes]
     assert torch.equal(torch.stack(pixels[:2]), images)
     torch.testing.assert_close(normalize(torch.stack(pixels[2:])), torch.cat(views))
@@ -100,7 +107,7 @@ def test_views_show_the_images_with_their_crops_and_the_normalized_views(tmp_pat
         assert outlines == [(view.left[i] - 0.5, view.top[i] - 0.5, view.height[i], view.width[i]) for view in draws]
 
 
-def test_the_page_of_a_run_has_its_last_figures_and_the_next_command(finished_run):
+def test_the_page_of_a_run_has_its_last_metrics_and_the_next_command(finished_run):
     (words, images), last = read_page(f"{finished_run}/report.html"), log.read(finished_run)[-1]
     assert f"2 {last['loss']:.4f} {last['std']:.3f} {last['knn1']:.2f} {last['knn200']:.2f}" in words
     command = next(line for line in words.splitlines() if "main_lincls.py" in line)
@@ -150,7 +157,7 @@ def test_visualize_takes_any_checkpoint(finished_run, tmp_path, drawn, shapes, m
     torch.save({"state_dict": {f"module.backbone.{name}": tensors[name] for name in tensors}}, tmp_path / "other.pt")
     command = "--pretrained other.pt --dataset shapes --train_size 30 --test_size 20".split()
     refused(visualize.main, command, "--output DIR is required")
-    visualize.main([*command, "--output", "figures", "--precision", "fp32"])
+    visualize.main([*command, "--output", "plots", "--precision", "fp32"])
     features = F.normalize(simsiam.load_backbone(tensors)(normalize(shapes.test_images[:20])).detach().double(), dim=1)
     points = torch.tensor(drawn["map"].axes[0].collections[0].get_offsets())
     variances = torch.linalg.svdvals(features - features.mean(dim=0))[:2].square()
@@ -185,8 +192,8 @@ def test_a_collapse_is_warned_of_once_after_three_epochs():
     assert warned == [4, 9]
 
 
-def test_a_table_of_logs_has_the_last_figures_of_each(tmp_path, capsys):
-    log.append(tmp_path, [{"epoch": i, "test_top1": 60.25 - i, "seconds": 45.0} for i in (1, 2)])
+def test_a_table_of_logs_has_the_last_metrics_of_each(tmp_path, capsys):
+    write_log(tmp_path, [{"epoch": i, "test_top1": 60.25 - i, "seconds": 45.0} for i in (1, 2)])
     plot.main([write_run(tmp_path / tmp_path.name, 1.5), f"{tmp_path}/"])  # both of the same name
     assert capsys.readouterr().out.splitlines() == [
         "| run | epoch | loss | std | knn1 | knn200 | minutes | device | test_top1 | best test_top1 |",

@@ -9,7 +9,7 @@ import torch
 import simsiam
 from utils.augment import MEAN, STD
 from utils.device import autocast
-from utils.knn import extract_features, monitor, knn_predict
+from utils.knn import batch_size, extract_features, knn_predict, monitor
 
 FP32 = autocast(torch.device("cpu"), "fp32")
 
@@ -52,6 +52,7 @@ def test_k_outside_the_bank_is_an_error(k):
 @pytest.mark.parametrize("place, k", [(0, 1), (1, 200)])
 def test_accuracy_counts_agreement_with_brute_force_on_every_test_image(shapes, place, k):
     backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(3072))  # in eval mode: pixels as features
+    backbone.feature_dim = 3072
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     images = shapes.train_images, shapes.test_images[:333]
     bank, queries = (((x / 255 - mean) / std).flatten(1).numpy() for x in images)
@@ -65,11 +66,25 @@ def test_accuracy_counts_agreement_with_brute_force_on_every_test_image(shapes, 
     assert backbone.training
 
 
-def test_features_do_not_depend_on_the_batch_size(shapes):
+def test_a_batch_keeps_the_largest_activation_in_bounds():
+    """That of layer1, with the widest output at full resolution."""
+    for arch, width, size, expected in (("resnet18", 64, 32, 500), ("resnet18", 4, 32, 500), ("resnet50", 16, 32, 500),
+                                        ("resnet18", 128, 32, 250), ("resnet50", 64, 32, 125), ("resnet18", 64, 224, 10),
+                                        ("resnet50", 64, 600, 1)):
+        with torch.device("meta"):
+            backbone, images = simsiam.ARCHS[arch](width), torch.empty(1000, 3, size, size)
+            values = backbone.layer1(backbone.conv1(images[:1])).numel()
+        assert batch_size(backbone, images) == expected and (expected * values <= 500 * 64 * 32**2 or expected == 1)
+        assert expected == 500 or (expected + 1) * values > 500 * 64 * 32**2
+
+
+def test_features_do_not_depend_on_the_batch_size(shapes, monkeypatch):
     backbone = simsiam.resnet18(4)
     whole = extract_features(backbone, shapes.test_images, FP32)
     assert whole.shape == (500, 32)
-    parts = extract_features(backbone, shapes.test_images, FP32, batch_size=77)
+    monkeypatch.setattr("utils.knn.ACTIVATION", 77 * 4 * 32**2)
+    assert batch_size(backbone, shapes.test_images) == 77
+    parts = extract_features(backbone, shapes.test_images, FP32)
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
     with pytest.raises(ZeroDivisionError):
         extract_features(backbone, shapes.test_images, FP32, check=lambda: 1 / 0)

@@ -1,10 +1,7 @@
 """Checkpoints of every layout give the features of the network that wrote them; what does not fit is named."""
 import argparse
-import gzip
 import os
 import sys
-import tarfile
-import zipfile
 
 import numpy
 import pytest
@@ -12,7 +9,6 @@ import torch
 
 import layouts
 import simsiam
-from utils import checkpoint
 
 IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 TENSORS = simsiam.resnet18(4).state_dict()
@@ -30,7 +26,7 @@ def test_features_of_every_layout_agree(name, tmp_path, capsys):
     torch.save(content, tmp_path / "theirs.pt")
     backbone = simsiam.load_backbone(tmp_path / "theirs.pt")
     line = capsys.readouterr().out
-    assert line.count("\n") == 1 and all(words in line for words in ["120 of 120 backbone tensors", *printed])
+    assert line.count("\n") == 1 and all(words in line for words in ["120 tensors matched", *printed])
     expected = features(model)
     torch.testing.assert_close(features(backbone), expected, rtol=1e-4, atol=1e-5)
     assert not backbone.training
@@ -47,17 +43,15 @@ def test_other_architectures_load_and_are_suggested(arch):
     content = {"state_dict": layouts.under("backbone.", layouts.with_shortcuts(model.state_dict()))}
     backbone = simsiam.load_backbone(content, arch=arch, verbose=False)
     torch.testing.assert_close(features(backbone), features(model), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match=f"{arch} of width 64"):
+    with pytest.raises(ValueError, match=f"{arch} of width 64") as error:
         simsiam.load_backbone(content)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
-@pytest.mark.parametrize("name, origin, others", [
-    ("checkpoint.pt", "checkpoint.pt of this project", "18 other tensors"), ("backbone.pt", "state dict", ""),
-])
-def test_own_files_load(finished_run, capsys, name, origin, others):
+@pytest.mark.parametrize("name, place", [("checkpoint.pt", "model.backbone.conv1"), ("backbone.pt", " conv1")])
+def test_own_files_load(finished_run, capsys, name, place):
     backbone = simsiam.load_backbone(os.path.join(finished_run, name))
-    line = capsys.readouterr().out
-    assert origin in line and others in line and backbone.feature_dim == 32
+    assert f"{place}.weight: 120 tensors matched" in capsys.readouterr().out and backbone.feature_dim == 32
     own = torch.load(os.path.join(finished_run, "backbone.pt"), weights_only=True)
     assert all(torch.equal(value, own[key]) for key, value in backbone.state_dict().items())
 
@@ -69,13 +63,13 @@ def test_float16_weights_load_as_float32():
 
 
 @pytest.mark.parametrize("name, value, words", [
-    ("layer1.0.bn1.bias", None, "missing: layer1.0.bn1.bias"),
-    ("layer1.0.bn1.extra", torch.zeros(2), "unexpected: layer1.0.bn1.extra"),
-    ("layer1.0.bn1.bias", torch.zeros(2), r"shape: layer1.0.bn1.bias is \(2,\), not \(4,\)"),
-    ("conv1.weight", torch.zeros(64, 3, 7, 7), "conv1.weight is 7x7: an ImageNet stem"),
+    ("layer1.0.bn1.bias", None, "Missing.*: \"layer1.0.bn1.bias\""),
+    ("layer1.0.bn1.extra", torch.zeros(2), "Unexpected.*: \"layer1.0.bn1.extra\""),
+    ("layer1.0.bn1.bias", torch.zeros(2), r"layer1.0.bn1.bias: .*\[2\].*\[4\]"),
+    ("conv1.weight", torch.zeros(64, 3, 7, 7), "no backbone.*ImageNet.*7x7"),
     ("conv1.weight", None, "no backbone"),
-    ("bn1.bias", torch.zeros(4, dtype=torch.int64), "type: bn1.bias is torch.int64"),
-    ("bn1.bias", torch.full((4,), float("nan")), "not finite: bn1.bias"),
+    ("bn1.bias", torch.zeros(4, dtype=torch.int64), "bn1.bias .*not finite floating-point"),
+    ("bn1.bias", torch.full((4,), float("nan")), "bn1.bias .*not finite floating-point"),
 ])
 @pytest.mark.parametrize("prefix", ["", "backbone."])
 def test_tensors_that_do_not_fit_are_named(prefix, name, value, words):
@@ -120,7 +114,7 @@ def test_two_backbones_do_not_become_one(capsys):
     for bare in (TENSORS, {"conv1.weight": TENSORS["conv1.weight"]}):
         backbone = simsiam.load_backbone(layouts.under("module.", other) | bare)
         assert torch.equal(backbone.bn1.weight, (bare if len(bare) > 1 else other)["bn1.weight"])
-        assert ("not the one at module.*" in capsys.readouterr().out) == (len(bare) > 1)
+        assert ("not the one at module.conv1" in capsys.readouterr().out) == (len(bare) > 1)
 
 
 @pytest.mark.parametrize("online, average", [
@@ -139,45 +133,37 @@ def test_of_two_backbones_the_online_one_is_taken(online, average, separate, cap
     backbone = simsiam.load_backbone({"state_dict": first | second})
     assert torch.equal(backbone.bn1.running_var, TENSORS["bn1.running_var"])
     line = capsys.readouterr().out
-    assert f"not the one at state_dict.{average}*" in line and "(a moving average)" not in line
+    assert f"not the one at state_dict.{average}conv1" in line and "a moving average" not in line
     simsiam.load_backbone({"state_dict": first})
-    assert "(a moving average)" in capsys.readouterr().out
+    assert "a moving average" in capsys.readouterr().out
 
 
 class Network(torch.nn.Module):
     """With code of its own, as people save whole networks."""
 
 
-def other_files(folder):
-    """Files that people take for checkpoints, and what they are called."""
-    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)).eval()
-    torch.jit.save(torch.jit.trace(network, IMAGES), folder / "TorchScript")
-    torch.export.save(torch.export.export(network, (IMAGES,)), folder / "exported program.pt2")
-    (folder / "exported program.pt2").rename(folder / "exported program")
-    numpy.savez(folder / "npz", numpy.zeros(3))
-    (folder / "npz.npz").rename(folder / "npz")
-    torch.save(Network(), folder / "test_weights.Network")
-    torch.save(Network(), folder / "needs pickled code", _use_new_zipfile_serialization=False)
-    with zipfile.ZipFile(folder / "zip archive of notes.txt", "w") as archive:
-        archive.writestr("notes.txt", "text")
-    with tarfile.open(folder / "tar archive", "w") as archive:
-        archive.add(folder / "npz")
-    (folder / "Git LFS pointer").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
-    (folder / "HTML page").write_text("\n<!DOCTYPE html><html>Sign in</html>")
-    (folder / "XML").write_bytes(b"\xef\xbb\xbf<?xml version='1.0'?><Error>AccessDenied</Error>")
-    (folder / "not a file of torch.save").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
-    (folder / "404: Not Found").write_text("404: Not Found")
-    (folder / "gzip").write_bytes(gzip.compress(b"0" * 1000))
-    (folder / "the file is empty").write_bytes(b"")
-    (folder / "truncated").write_bytes((folder / "npz").read_bytes()[:100])
-
-
-def test_other_files_are_called_what_they_are(tmp_path):
-    other_files(tmp_path)
+def test_other_files_are_refused_with_the_reason(tmp_path):
+    network = torch.nn.Conv2d(3, 4, 3)
+    torch.jit.save(torch.jit.script(network), tmp_path / "TorchScript")
+    numpy.savez(tmp_path / "arr_0.npy", numpy.zeros(3))
+    (tmp_path / "arr_0.npy.npz").rename(tmp_path / "arr_0.npy")
+    torch.save(Network(), tmp_path / "needs pickled code (test_weights.Network)")
+    torch.save(Network(), tmp_path / "(test_weights.Network)", _use_new_zipfile_serialization=False)
+    for name, content in {
+        "begins with b'version https://git-lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n",
+        "begins with b'<!DOCTYPE html>": b"<!DOCTYPE html><html>Sign in</html>",
+        "begins with b'\\x89PNG": b"\x89PNG\r\n\x1a\n" + bytes(100),
+        "the file is empty": b"",
+        "truncated or damaged": (tmp_path / "arr_0.npy").read_bytes()[:100],
+    }.items():
+        (tmp_path / name.replace("/", "|")).write_bytes(content)
     for path in tmp_path.iterdir():
         with pytest.raises(ValueError) as error:
             simsiam.load_backbone(path)
-        assert path.name in str(error.value).removeprefix(str(path))
+        assert path.name.replace("|", "/") in str(error.value).removeprefix(str(path))
+        assert "\n" not in str(error.value).removeprefix(str(path))
+    with pytest.raises(IsADirectoryError, match="name backbone.pt"):
+        simsiam.load_backbone(tmp_path)
 
 
 def test_safetensors_load_where_the_package_is(tmp_path, monkeypatch):
@@ -187,7 +173,7 @@ def test_safetensors_load_where_the_package_is(tmp_path, monkeypatch):
     backbone = simsiam.load_backbone(path, verbose=False)
     assert all(torch.equal(value, TENSORS[name]) for name, value in backbone.state_dict().items())
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(ValueError, match="pip install safetensors"):
+    with pytest.raises(ValueError, match="safetensors"):
         simsiam.load_backbone(path)
 
 
@@ -196,8 +182,6 @@ def test_pickled_code_is_rejected(tmp_path):
     torch.save({"state_dict": TENSORS, "hyper_parameters": argparse.Namespace()}, path)
     with pytest.raises(ValueError, match="Namespace.*state_dict"):
         simsiam.load_backbone(path)
-    with pytest.raises(ValueError, match="not a checkpoint of this project"):
-        checkpoint.load(path)
     torch.save({"state_dict": TENSORS, "epoch": 3}, path)
     assert simsiam.load_backbone(path, verbose=False).feature_dim == 32
 

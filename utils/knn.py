@@ -1,7 +1,7 @@
-"""Features of a frozen backbone: weighted k-nearest-neighbor classification, accuracies, and their geometry.
+"""Features of a frozen backbone: weighted k-nearest-neighbor classification and their geometry.
 
-Features are l2-normalized; all training images form the bank and every test image is classified. k = 200 neighbors
-vote with weight exp(similarity / 0.1); k = 1 takes the class of the nearest one.
+Features are l2-normalized; all training images form the bank and every test image is classified.
+k = 200 neighbors vote with weight exp(similarity / 0.1); k = 1 takes the class of the nearest one.
 """
 import torch
 import torch.nn.functional as F
@@ -13,33 +13,42 @@ K = 200
 TEMPERATURE = 0.1
 RANKED = 10_000            # images whose features the effective rank is of, at most
 SIMILARITIES = 25_000_000  # at a time: 100 MB, 500 queries with a bank of 50,000
+ACTIVATION = 32_768_000    # values at a time: 131 MB, 500 images of 32 pixels at width 64
+
+
+def batch_size(backbone, images):
+    """How many images [N, 3, H, W] a CIFAR ResNet takes at a time, 1 to 500: its largest activation has
+    H * W * feature_dim / 8 values for each."""
+    values = images.shape[2] * images.shape[3] * backbone.feature_dim // 8
+    return max(1, min(500, ACTIVATION // values))
 
 
 @torch.no_grad()
-def extract_features(backbone, images, autocast, mean=MEAN, std=STD, batch_size=500, check=lambda: None):
-    """Features of all images without augmentation, in eval mode: uint8 [N, 3, H, W], on any device -> float32
-    [N, feature_dim]. autocast: makes the context of the precision. check: called before each batch; may raise."""
-    was_training = backbone.training
+def extract_features(backbone, images, autocast, mean=MEAN, std=STD, check=lambda: None):
+    """Features of images without augmentation, in eval mode: uint8, or float in [0, 1], [N, 3, H, W],
+    on any device -> float32 [N, feature_dim]. autocast: makes the context of the precision. check:
+    called before each batch; may raise."""
+    was_training, device = backbone.training, next(backbone.parameters()).device
     backbone.eval()
-    device = next(backbone.parameters()).device
-    features = []
+    features, batches = [], images.split(batch_size(backbone, images))
     try:
-        for batch in bar(images.split(batch_size), desc="features", unit="batch", leave=False, delay=2):
+        for batch in bar(batches, desc="features", unit="batch", leave=False, delay=2):
             check()
-            batch = normalize(batch.to(device), mean, std).contiguous(memory_format=torch.channels_last)
+            x = normalize(batch.to(device), mean, std).contiguous(memory_format=torch.channels_last)
             with autocast():
-                features.append(backbone(batch).float())
+                features.append(backbone(x).float())
     finally:
         backbone.train(was_training)
     return torch.cat(features)
 
 
 def nearest(queries, bank, k):
-    """Yield, for chunks of the queries in order, cosine similarities and bank indices of the k nearest bank rows,
-    [chunk, k] each, most similar first."""
+    """Cosine similarities and bank indices of the k nearest bank rows of each query, [Q, k] each, most
+    similar first: queries float [Q, D], bank float [N, D]."""
     bank = F.normalize(bank, dim=1).T.contiguous()  # [D, N]
-    for chunk in F.normalize(queries, dim=1).split(max(1, SIMILARITIES // bank.shape[1])):
-        yield (chunk @ bank).topk(k, dim=1)
+    chunks = F.normalize(queries, dim=1).split(max(1, SIMILARITIES // bank.shape[1]))
+    found = [(chunk @ bank).topk(k, dim=1) for chunk in chunks]
+    return tuple(torch.cat(parts) for parts in zip(*found))
 
 
 def vote(similarities, neighbors, temperature, num_classes):
@@ -52,32 +61,29 @@ def vote(similarities, neighbors, temperature, num_classes):
 
 @torch.no_grad()
 def knn_predict(queries, bank, labels, k, temperature, num_classes):
-    """Predicted classes, int64 [Q], of queries float [Q, D] by a vote of the k nearest rows of the bank float [N, D],
-    whose classes are labels int64 [N]. Raises ValueError unless 1 <= k <= N."""
+    """Predicted classes, int64 [Q], of queries float [Q, D] by a vote of the k nearest rows of the
+    bank float [N, D], of classes int64 [N]. Raises ValueError unless 1 <= k <= N."""
     if not 1 <= k <= len(bank):
         raise ValueError(f"k is {k}, but the bank has {len(bank)} rows")
-    return torch.cat([
-        vote(similarities, labels[indices], temperature, num_classes)
-        for similarities, indices in nearest(queries, bank, k)
-    ])
+    similarities, indices = nearest(queries, bank, k)
+    return vote(similarities, labels[indices], temperature, num_classes)
 
 
 @torch.no_grad()
 def monitor(backbone, data, autocast, check=lambda: None):
-    """effective_rank of the features of the first RANKED training images, and, if the data have classes,
-    top-1 accuracies on all test images in percent from one search: knn1 and knn200 (k at most the bank's size)."""
+    """Metrics: effective_rank of the features of the first RANKED training images and, if the data
+    have classes, top-1 accuracies on all test images in percent, knn1 and knn200 (k at most N)."""
     images, labels = data.labeled() if data.has_classes else (data.train_images[:RANKED], None)
     bank = extract_features(backbone, images, autocast, check=check)
-    figures = {"effective_rank": effective_rank(bank[:RANKED])}
+    metrics = {"effective_rank": effective_rank(bank[:RANKED])}
     if labels is None:
-        return figures
+        return metrics
     queries = extract_features(backbone, data.test_images, autocast, check=check)
-    predicted = []
-    for similarities, indices in nearest(queries, bank, min(K, len(bank))):
-        neighbors = labels[indices]
-        predicted.append((neighbors[:, 0], vote(similarities, neighbors, TEMPERATURE, len(data.classes))))
-    knn1, knn200 = (accuracy(torch.cat(classes), data.test_labels) for classes in zip(*predicted))
-    return {"knn1": knn1, "knn200": knn200} | figures
+    similarities, indices = nearest(queries, bank, min(K, len(bank)))
+    neighbors = labels[indices]
+    predicted = vote(similarities, neighbors, TEMPERATURE, len(data.classes))
+    return {"knn1": accuracy(neighbors[:, 0], data.test_labels),
+            "knn200": accuracy(predicted, data.test_labels), **metrics}
 
 
 def accuracy(predicted, labels):
@@ -86,13 +92,15 @@ def accuracy(predicted, labels):
 
 
 def top_k(logits, labels, k):
-    """Percentage of rows whose class is among the k largest logits: logits [N, C], labels int64 [N]."""
-    return 100 * (logits.topk(k, dim=1).indices == labels[:, None]).any(dim=1).double().mean().item()
+    """Percentage of rows whose class is among the k largest logits: [N, C], labels int64 [N]."""
+    found = (logits.topk(k, dim=1).indices == labels[:, None]).any(dim=1)
+    return 100 * found.double().mean().item()
 
 
 def confusion_matrix(predicted, labels, num_classes):
     """Counts int64 [C, C] on the CPU: true classes in rows, predicted ones in columns."""
-    return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(2 * [num_classes]).cpu()
+    counts = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
+    return counts.view(num_classes, num_classes).cpu()
 
 
 def class_accuracies(confusion):
@@ -102,28 +110,30 @@ def class_accuracies(confusion):
 
 
 def alignment(first, second):
-    """Mean squared distance of the l2-normalized features of two views, float [N, D] each: 0 to 4, lower is closer
-    (Wang & Isola, arXiv 2005.10242, Sec. 4.1, alpha = 2)."""
-    return (F.normalize(first, dim=1) - F.normalize(second, dim=1)).square().sum(dim=1).double().mean().item()
+    """Mean squared distance of the l2-normalized features of two views, float [N, D] each: 0 to 4,
+    lower is closer (Wang & Isola, arXiv 2005.10242, Sec. 4.1, alpha = 2)."""
+    difference = F.normalize(first, dim=1) - F.normalize(second, dim=1)
+    return difference.square().sum(dim=1).double().mean().item()
 
 
 def uniformity(features):
-    """log of the mean over all pairs of exp(-2 distance^2) of l2-normalized features float [N, D]: 0 if all are equal,
-    lower is more uniform (Wang & Isola, Sec. 4.1.2, t = 2). Takes 2 N^2 bytes."""
-    return torch.pdist(F.normalize(features, dim=1)).square_().mul_(-2).exp_().mean(dtype=torch.float64).log().item()
+    """log of the mean over all pairs of exp(-2 distance^2) of l2-normalized features float [N, D]:
+    0 if all are equal, lower is more uniform (Sec. 4.1.2 there, t = 2). Takes 2 N^2 bytes."""
+    similar = torch.pdist(F.normalize(features, dim=1)).square_().mul_(-2).exp_()
+    return similar.mean(dtype=torch.float64).log().item()
 
 
 def spectrum(features):
-    """Eigenvalues of the covariance of features float [N, D], largest first: float64 [D], on the CPU. Collapsed
-    dimensions have 0 (Jing et al., arXiv 2110.09348, Sec. 3)."""
-    features = features.double().cpu()
-    return torch.linalg.eigvalsh(torch.cov(features.T).view(features.shape[1], -1)).flip(0).clamp(min=0)
+    """Eigenvalues of the covariance of features float [N, D], largest first: float64 [D] on the CPU.
+    Collapsed dimensions have 0 (Jing et al., arXiv 2110.09348, Sec. 3)."""
+    covariance = torch.cov(features.double().cpu().T).view(features.shape[1], -1)
+    return torch.linalg.eigvalsh(covariance).flip(0).clamp(min=0)
 
 
 def effective_rank(features):
-    """Number of dimensions in use, as RankMe counts them (Garrido et al., arXiv 2210.02885): exp of the entropy of the
-    singular values, divided by their sum, of features float [N, D] as they are, neither centered nor normalized: 1 to
-    min(N, D). 0 if all features are 0, or one is not finite."""
+    """Number of dimensions in use (RankMe: Garrido et al., arXiv 2210.02885): exp of the entropy of
+    the singular values, divided by their sum, of features float [N, D], neither centered nor
+    normalized: 1 to min(N, D). 0 if all features are 0, or one is not finite."""
     features = features.double().cpu()
     if not features.isfinite().all() or not features.any():
         return 0.0
