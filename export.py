@@ -1,14 +1,9 @@
 """Features for other tools, and weights to publish.
 
     python export.py features --pretrained experiments/1/backbone.pt --output features.npz data
-    python export.py features --pretrained experiments/1/backbone.pt --output features.npz --images FOLDER
     python export.py release experiments/1 --linear experiments/2 --name simsiam_resnet18_cifar10
     python export.py check simsiam_resnet18_w16_cifar10
-
-features: float32 features and labels of a data set or a folder of images. release: weights/NAME.pt in fp16, its linear
-classifier, and weights/NAME.json with the accuracies after rounding. check: measure them again, loaded by torch.hub.
 """
-import contextlib
 import datetime
 import hashlib
 import io
@@ -20,16 +15,8 @@ import torch
 
 import hubconf
 import simsiam
-from utils import checkpoint, log
-from utils.augment import MEAN, SIZE, STD
-from utils.cli import (
-    Parser, add_data_options, add_device_options, add_normalization, data_options, file_path, run_script, say, warn,
-)
-from utils.data import DATASETS, load_dataset
-from utils.device import autocast, describe, select_device, select_precision
-from utils.images import load_folder
-from utils.knn import extract_features, monitor, top_k
-from utils.run import BACKBONE, RESULTS, inherit_data_options, read_config
+from utils import augment, checkpoint, cli, data, device as devices, knn, log, run
+from utils.folder import load_folder
 
 TOLERANCE = 0.05  # percentage points between accuracies that count as equal
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -37,119 +24,132 @@ HUB = [name for name in vars(hubconf) if name.startswith("simsiam_")]
 
 
 def make_parser():
-    parser = Parser(prog="export.py", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="features|release|check")
-    features = commands.add_parser("features", help="features and labels to .npz")
-    features.add_argument("--pretrained", required=True, type=file_path, metavar="CHECKPOINT", help="backbone")
+    parser = cli.Parser(prog="export.py", description=__doc__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    features = commands.add_parser("features", help="float32 features and labels, to .npz")
+    release = commands.add_parser("release", help="weights/NAME.pt in fp16, classifier, NAME.json")
+    check = commands.add_parser("check", help="measure the accuracies in NAME.json again")
+    path = {"type": cli.file_path, "metavar": "PATH"}
+    features.add_argument("--pretrained", **path, required=True, help="checkpoint of the backbone")
     features.add_argument("--arch", choices=simsiam.ARCHS, default="resnet18", help="backbone")
-    features.add_argument("--output", required=True, type=file_path, metavar="FILE", help="new .npz file")
-    add_data_options(features, DATASETS)
-    features.add_argument("--images", type=file_path, metavar="FOLDER", help="images, in class folders or not")
-    add_normalization(features, MEAN, STD)
-    release = commands.add_parser("release", help="weights/NAME.pt, .safetensors, its classifier and NAME.json")
-    release.add_argument("run", type=file_path, metavar="RUN", help="folder of a finished run of main.py")
-    release.add_argument("--linear", required=True, type=file_path, metavar="FOLDER", help="its linear evaluation")
-    release.add_argument("--name", required=True, choices=HUB, metavar="NAME", help="torch.hub entry to release it as")
-    check = commands.add_parser("check", help="measure released weights again")
+    features.add_argument("--output", **path, required=True, help="new .npz file")
+    cli.add_data_options(features, data.DATASETS)
+    features.add_argument("--images", **path, help="folder of images, in class folders or not")
+    cli.add_normalization(features, augment.MEAN, augment.STD)
+    release.add_argument("run", **path, help="folder of a finished run of main.py")
+    release.add_argument("--linear", **path, required=True, help="folder of its linear evaluation")
+    release.add_argument("--name", required=True, choices=HUB, metavar="NAME", help="hub entry")
     check.add_argument("name", choices=HUB, metavar="NAME", help="torch.hub entry")
     for command in (release, check):
-        command.add_argument("--weights", type=file_path, default="weights", metavar="DIR", help="folder of weights")
-        command.add_argument("--data_root", type=file_path, default="data", metavar="DIR", help="folder of the data")
+        command.add_argument("--weights", **path, default="weights", help="folder of weights")
+        command.add_argument("--data_root", **path, default="data", help="folder of the data")
     for command in (features, release, check):
-        add_device_options(command)
-        command.set_defaults(precision="fp32")  # what others compare should not depend on the device
+        cli.add_device_options(command)
+        command.set_defaults(precision="fp32")  # comparable on any device
     return parser
 
 
 def export_features(args):
+    """Features and labels of the splits of a data set, or of the images of a folder, as .npz."""
     if os.path.lexists(args.output):
         raise ValueError(f"{args.output} exists")
-    device = select_device(args.gpu)
-    backbone = simsiam.load_backbone(args.pretrained, args.arch, verbose=say).to(device)
-    inherit_data_options(args, args.pretrained)
+    device = devices.select_device(args.gpu)
+    backbone = simsiam.load_backbone(args.pretrained, args.arch, verbose=cli.say).to(device)
+    options = data.options_in(vars(args), run.inherited_options(args.pretrained))
     if args.images is not None:
-        images, labels, classes, files = load_folder(args.images, args.image_size or SIZE)
+        size = options["image_size"] or augment.SIZE
+        images, labels, classes, files = load_folder(args.images, size)
         splits, arrays = {"": (images, labels)}, {"files": numpy.array(files, dtype=str)}
     else:
-        data = load_dataset(args.dataset, args.data_root, device, **data_options(vars(args)))
-        splits = {"train_": (data.train_images, data.train_labels), "test_": (data.test_images, data.test_labels)}
-        classes, arrays = data.classes, {}
-    precision = autocast(device, select_precision(args.precision, device))
-    for prefix, (images, labels) in ((name, split) for name, split in splits.items() if len(split[0])):
-        features = extract_features(backbone, images, precision, args.mean, args.std)
-        arrays |= {f"{prefix}features": features.cpu().numpy(), f"{prefix}labels": labels.cpu().numpy()}
+        *pairs, classes = data.load_dataset(args.dataset, args.data_root, device, **options)
+        splits, arrays = {"train_": pairs[:2], "test_": pairs[2:]}, {}  # images and labels of each
+    autocast = devices.autocast(device, devices.select_precision(args.precision, device))
+    for prefix, (images, labels) in splits.items():
+        if len(images) > 0:
+            features = knn.extract_features(backbone, images, autocast, args.mean, args.std)
+            arrays[f"{prefix}features"] = features.cpu().numpy()
+            arrays[f"{prefix}labels"] = labels.cpu().numpy()
     content = io.BytesIO()
     numpy.savez(content, classes=numpy.array(classes, dtype=str), **arrays)
     checkpoint.write(args.output, content.getbuffer())
-    say(f"{args.output}: {', '.join(f'{name} {list(array.shape)}' for name, array in arrays.items())}")
-
-
-def measure(backbone, classifier, linear, settings, args):
-    """kNN and linear accuracies of a released backbone in percent, and the device and precision."""
-    device = select_device(args.gpu)
-    precision = select_precision(args.precision, device)
-    data = load_dataset(settings["dataset"], args.data_root, device, **data_options(settings))
-    backbone.to(device, memory_format=torch.channels_last)
-    figures = monitor(backbone, data, autocast(device, precision))
-    features = extract_features(backbone, data.test_images, autocast(device, precision), linear["mean"], linear["std"])
-    logits = torch.nn.functional.linear(features, *(classifier[name].to(device) for name in ("weight", "bias")))
-    figures |= {"linear": top_k(logits, data.test_labels, 1)}
-    return {name: figures[name] for name in ("knn1", "knn200", "linear")}, f"{describe(device)}, {precision}"
+    cli.say(f"{args.output}: {', '.join(f'{name} {[*array.shape]}' for name, array in arrays.items())}")
 
 
 def release(args):
-    """Round the backbone of a finished run to fp16, measure it, and write NAME.pt, NAME-linear.pt and NAME.json."""
-    config, last = read_config(args.run), log.read(args.run)[-1]
-    settings, evaluation = config["settings"], read_config(args.linear)["settings"]
-    results = checkpoint.read_json(os.path.join(args.linear, RESULTS))
-    path = os.path.join(args.weights, f"{args.name}.pt")
-    if last["epoch"] != settings["epochs"]:
-        raise ValueError(f"{args.run}: not finished, epoch {last['epoch']} of {settings['epochs']}")
-    tensors = checkpoint.load(os.path.join(args.run, BACKBONE))
-    if results["backbone"] != checkpoint.digest(tensors):
-        raise ValueError(f"--linear {args.linear}: the evaluation of another backbone")
-    half = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
-    content = checkpoint.to_bytes(half)
-    if os.path.lexists(path) and checkpoint.digest(checkpoint.load(path)) != checkpoint.digest(half):
-        raise ValueError(f"{path} exists and has other weights")
+    """Round the backbone of a finished run to fp16, measure it, write it with its classifier."""
+    config, evaluation = run.read_config(args.run), run.read_config(args.linear)["settings"]
+    settings, tensors = config["settings"], checkpoint.load(os.path.join(args.run, run.BACKBONE))
+    before = accuracies_before(args, settings, evaluation, tensors)
+    half = {name: each.half() if each.is_floating_point() else each for name, each in tensors.items()}
+    content, path = checkpoint.to_bytes(half), os.path.join(args.weights, args.name)
+    existing = checkpoint.load(f"{path}.pt") if os.path.lexists(f"{path}.pt") else half
+    if checkpoint.digest(existing) != checkpoint.digest(half):
+        raise ValueError(f"{path}.pt exists and has other weights")
     backbone = simsiam.load_backbone(half, settings["arch"], verbose=False)
-    if (settings["arch"], backbone.feature_dim) != ("resnet18", getattr(hubconf, args.name)(False).feature_dim):
+    entry = getattr(hubconf, args.name)(pretrained=False)
+    if (settings["arch"], backbone.feature_dim) != ("resnet18", entry.feature_dim):
         raise ValueError(f"--name {args.name}: another network than that of {args.run}")
-    if any(settings.get(name) != evaluation.get(name) for name in ("dataset", "test_size", "validation")):
-        raise ValueError(f"--linear {args.linear}: not on the test images of {args.run}")
     classifier = checkpoint.load(os.path.join(args.linear, "classifier.pt"))
-    accuracies, measured_with = measure(backbone, classifier, evaluation, settings, args)
-    before = {"knn1": last["knn1"], "knn200": last["knn200"], "linear": results["test_top1"]}
+    accuracies, device = measure(backbone, classifier, evaluation, settings, args)
     for name, value in accuracies.items():
         if abs(value - before[name]) > TOLERANCE:
-            warn(f"{name}: {before[name]:.2f} % before rounding to fp16, {value:.2f} % after")
+            cli.warn(f"{name}: {before[name]:.2f} % before rounding to fp16, {value:.2f} % after")
     os.makedirs(args.weights, exist_ok=True)
-    checkpoint.write(path, content)
-    checkpoint.save(os.path.join(args.weights, f"{args.name}-linear.pt"), classifier)
-    with contextlib.suppress(ImportError):  # an optional package
-        import safetensors.torch
-        checkpoint.write(os.path.join(args.weights, f"{args.name}.safetensors"), safetensors.torch.save(half))
-    checkpoint.write_json(os.path.join(args.weights, f"{args.name}.json"), {
+    checkpoint.write(f"{path}.pt", content)
+    checkpoint.save(f"{path}-linear.pt", classifier)
+    checkpoint.write_json(f"{path}.json", {
         "file": f"{args.name}.pt", "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content),
-        "arch": settings["arch"], "width": settings["width"], "feature_dim": backbone.feature_dim, "mean": MEAN,
-        "std": STD, "accuracies": accuracies, "accuracies_before_rounding": before, "measured_with": measured_with,
-        "linear_evaluation": evaluation, "recipe": settings, "date": datetime.date.today().isoformat(),
-        **{name: config[name] for name in ("commit", "device", "versions")},
+        "arch": settings["arch"], "width": settings["width"], "feature_dim": backbone.feature_dim,
+        "mean": augment.MEAN, "std": augment.STD, "accuracies": accuracies, "measured_with": device,
+        "accuracies_before_rounding": before, "linear_evaluation": evaluation, "recipe": settings,
+        "date": datetime.date.today().isoformat(), "commit": config["commit"],
+        "device": config["device"], "versions": config["versions"],
     })
-    say(f"{path}: {', '.join(f'{name} {value:.2f} %' for name, value in accuracies.items())}")
+    cli.say(f"{path}.pt: {', '.join(f'{name} {value:.2f} %' for name, value in accuracies.items())}")
+
+
+def accuracies_before(args, settings, evaluation, tensors):
+    """Accuracies of a run and its linear evaluation. Raises ValueError if the run is not finished
+    or the evaluation is not of its backbone on its test images."""
+    results = checkpoint.read_json(os.path.join(args.linear, run.RESULTS))
+    last = log.read(args.run)[-1]
+    if last["epoch"] != settings["epochs"]:
+        raise ValueError(f"{args.run}: not finished, epoch {last['epoch']} of {settings['epochs']}")
+    if results["backbone"] != checkpoint.digest(tensors):
+        raise ValueError(f"--linear {args.linear}: the evaluation of another backbone")
+    if any(settings.get(key) != evaluation.get(key) for key in ("dataset", "test_size", "validation")):
+        raise ValueError(f"--linear {args.linear}: not on the test images of {args.run}")
+    return {"knn1": last["knn1"], "knn200": last["knn200"], "linear": results["test_top1"]}
 
 
 def check(args):
     """Measure released weights and compare with their .json. Returns the exit code."""
-    path = os.path.join(args.weights, f"{args.name}.json")
-    about = checkpoint.read_json(path, "accuracies", "linear_evaluation", "recipe")
+    path = os.path.join(args.weights, args.name)
+    about = checkpoint.read_json(f"{path}.json", "accuracies", "linear_evaluation", "recipe")
     backbone = torch.hub.load(HERE, args.name, source="local", folder=args.weights)
-    classifier = checkpoint.load(os.path.join(args.weights, f"{args.name}-linear.pt"))
-    accuracies, measured_with = measure(backbone, classifier, about["linear_evaluation"], about["recipe"], args)
-    say(f"{args.name}: {measured_with}")
-    for name, value in accuracies.items():
-        say(f"{name:7} published {about['accuracies'][name]:6.2f} %  measured {value:6.2f} %")
-    return int(any(abs(value - about["accuracies"][name]) > TOLERANCE + 1e-9 for name, value in accuracies.items()))
+    classifier, published = checkpoint.load(f"{path}-linear.pt"), about["accuracies"]
+    measured, device = measure(backbone, classifier, about["linear_evaluation"], about["recipe"], args)
+    cli.say(f"{args.name}: {device}")
+    for name, value in measured.items():
+        cli.say(f"{name:7} published {published[name]:6.2f} %  measured {value:6.2f} %")
+    differences = [abs(value - published[name]) for name, value in measured.items()]
+    return int(max(differences) > TOLERANCE + 1e-9)
+
+
+def measure(backbone, classifier, linear, recipe, args):
+    """kNN and linear accuracies of a released backbone in percent, and the device and precision."""
+    device = devices.select_device(args.gpu)
+    precision = devices.select_precision(args.precision, device)
+    autocast = devices.autocast(device, precision)
+    dataset = data.load_dataset(recipe["dataset"], args.data_root, device, **data.options_in(recipe))
+    backbone.to(device, memory_format=torch.channels_last)
+    metrics = knn.monitor(backbone, dataset, autocast)
+    mean, std = linear["mean"], linear["std"]
+    features = knn.extract_features(backbone, dataset.test_images, autocast, mean, std)
+    logits = features.cpu() @ classifier["weight"].T + classifier["bias"]
+    metrics["linear"] = knn.top_k(logits, dataset.test_labels.cpu(), 1)
+    accuracies = {name: metrics[name] for name in ("knn1", "knn200", "linear")}
+    return accuracies, f"{devices.describe(device)}, {precision}"
 
 
 def main(argv=None):
@@ -160,4 +160,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

@@ -7,7 +7,7 @@ Half the width, a night on two CPU cores (kNN 74 %):
     python main.py --width 32 --dim 1024 --pred_dim 256 --batch_size 64 --learning_rate 0.04 \\
         --view_size 16:0.75,24:0.25 --epochs 300
 
-On several GPUs: torchrun --standalone --nproc_per_node 4 main.py (docs/distributed.md).
+On several GPUs: torchrun --standalone --nproc_per_node 4 main.py
 """
 import argparse
 import contextlib
@@ -17,7 +17,7 @@ import time
 from typing import NamedTuple
 
 from utils import augment, cli, device as devices, distributed, knn, log, report, run as runs
-from utils.data import DATASETS, Dataset, load_dataset
+from utils.data import DATASETS, Dataset, load_dataset, options_in
 import torch  # after utils, which sets OpenMP up
 
 import simsiam
@@ -54,7 +54,7 @@ def make_parser():
     add("--symmetry", choices=simsiam.LOSSES, default="symmetric", help="of the loss (4.6)")
     add("--warmup_epochs", type=count(0), default=0, help="of linear warm-up")
     add = cli.add_device_options(parser).add_argument
-    add("--compile", action=switch, help="compile the step (default: long runs on CUDA)")
+    add("--compile", action=switch, help="default: long runs on CUDA")
     add("--deterministic", action="store_true", help="bit-identical on CUDA, slower")
     add("--sync_bn", action=switch, default=True, help="batch norm over all GPUs")
     add = cli.add_run_options(parser).add_argument
@@ -79,8 +79,8 @@ class Setup(NamedTuple):
 def set_up(parser, args, argv, begin):
     """The Setup, the run (None but in the first process), and the Position to train from."""
     found = runs.find(args.exp_dir, args.trial, args.resume, runs.CHECKPOINT)
-    if found.state is not None:
-        args = runs.resumed_args(parser, argv, found.state["config"])
+    if found[1] is not None:
+        args = runs.resumed_args(parser, argv, found[1]["config"])
     setup = prepare(args)
     _, device, data, model, optimizer, scaler = setup
     order, draws = draw_epoch(args, 0, data.train_images, device)
@@ -104,7 +104,7 @@ def prepare(args):
         raise ValueError(f"--warmup_epochs {args.warmup_epochs}: the run has {args.epochs} epochs")
     if args.learning_rate is None:
         args.learning_rate = LR_PER_256 * args.batch_size / 256
-    data = load_dataset(args.dataset, args.data_root, device, **cli.data_options(vars(args)))
+    data = load_dataset(args.dataset, args.data_root, device, **options_in(vars(args)))
     count, *_, args.image_size = data.train_images.shape
     if args.batch_size > count:
         raise ValueError(f"--batch_size {args.batch_size}: there are {count} training images")
@@ -112,7 +112,7 @@ def prepare(args):
     args.steps = count // args.batch_size  # an epoch; the last partial batch is dropped
     args.views = 4 if args.symmetry == "asymmetric_2x" else 2
     args.view_size = str(args.image_size) if args.view_size is None else args.view_size
-    augment.view_sizes(args.view_size, args.epochs)  # raises for a bad schedule
+    augment.view_sizes(args.view_size, args.epochs)  # raises for a bad one
     args.bn_batch = distributed.batch_norm_size(args.batch_size, args.sync_bn, device)
     return Setup(args, device, data, *build(args, device))
 
@@ -172,7 +172,8 @@ def make_forward(args, model, device):
             stds.append(simsiam.feature_std(z1).detach())
         return sum(losses) / len(losses), sum(stds) / len(stds)
 
-    if args.compile is not None or not distributed.has_synchronized_batch_norm(model):
+    whole = distributed.processes == 1 or args.bn_batch < args.batch_size  # SyncBN breaks the graph
+    if whole or args.compile is not None:
         forward = devices.compile_for(device, forward, args.compile, args.epochs * args.steps)
     return distributed.average_gradients(model, forward)
 
@@ -230,11 +231,11 @@ def end_epoch(setup, run, position, stop, progress):
     whole = position.step == args.steps
     evaluated = whole and (epoch % args.eval_freq == 0 or epoch == args.epochs)
     outdated = time.monotonic() - run.saved_time >= SAVE_SECONDS
-    if outdated or evaluated and not run.evaluated:  # before kNN, which may need more memory
+    if outdated or evaluated and not run.evaluated:  # kNN may need more memory
         run.save(position)
     if whole:
         record = run.record(position, setup.optimizer, args.views * args.batch_size)
-        with contextlib.suppress(cli.Stopped):  # then the resumed run repeats the kNN
+        with contextlib.suppress(cli.Stopped):  # the resumed run repeats it
             run.log(record | (evaluate(setup, run, stop) if evaluated else {}))
             progress.advance(epoch, log.summary(run.records), keep=evaluated)
             position = runs.Position(epoch)

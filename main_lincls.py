@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 import simsiam
 from utils import augment, checkpoint, cli, device as devices, knn, report, run as runs
-from utils.data import DATASETS, Dataset, balanced_subset, load_dataset
+from utils.data import DATASETS, Dataset, balanced_subset, load_dataset, options_in
 
 LR_PER_256 = 30.0           # learning rate for a batch of 256; it scales linearly
 MILESTONES = (0.6, 0.8)     # shares of the epochs after which it is divided by 10
@@ -73,8 +73,8 @@ def set_up(parser, args, argv, begin):
     if args.resume is not None and args.evaluate is not None:
         raise ValueError("--evaluate trains nothing that could be resumed")
     found = runs.find(args.exp_dir, args.trial, args.resume, runs.EVALUATION)
-    if found.state is not None:
-        args = runs.resumed_args(parser, argv, found.state["config"])
+    if found[1] is not None:
+        args = runs.resumed_args(parser, argv, found[1]["config"])
     setup = prepare(args)
     parts, words = {"classifier": setup.classifier, "optimizer": setup.optimizer}, [parser.prog, *argv]
     return setup, *runs.open_run(found, words, vars(args), setup.device, parts, begin)
@@ -88,7 +88,7 @@ def prepare(args):
     args.precision = devices.select_precision(args.precision, device)
     backbone = simsiam.load_backbone(args.pretrained, args.arch, verbose=cli.info)
     args.backbone = checkpoint.digest(backbone.state_dict())
-    options = cli.data_options(vars(args), runs.inherited_options(args.pretrained))
+    options = options_in(vars(args), runs.inherited_options(args.pretrained))
     data = load_dataset(args.dataset, args.data_root, device, unlabeled=False, **options)
     if not data.has_classes:
         raise ValueError(f"--dataset {args.dataset}: no labels of several classes to evaluate with")
@@ -123,7 +123,8 @@ def make_classifier(args, feature_dim):
     try:
         classifier.load_state_dict(simsiam.read_file(args.evaluate))
     except (ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"{args.evaluate} is no classifier of these features: {error}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{args.evaluate} is no classifier of these features: {reason}") from error
     beside = os.path.join(os.path.dirname(args.evaluate), runs.RESULTS)
     if os.path.exists(beside) and checkpoint.read_json(beside).get("backbone") != args.backbone:
         cli.warn(f"{args.evaluate} was trained on other features than those of {args.pretrained}")

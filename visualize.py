@@ -18,9 +18,9 @@ from matplotlib import colormaps
 
 import simsiam
 from utils import augment, checkpoint, cli, knn, plot, report
-from utils.data import DATASETS, load_dataset
+from utils.data import DATASETS, load_dataset, options_in
 from utils.device import autocast, select_device, select_precision
-from utils.run import BACKBONE, CONFIG, UNTRAINED, inherit_data_options, read_config
+from utils.run import BACKBONE, CONFIG, UNTRAINED, inherited_options, read_config
 
 QUERIES, NEIGHBORS = 12, 6  # of neighbors.png
 
@@ -56,7 +56,7 @@ def find_files(parser, args, argv):
         return args, {"trained": args.pretrained}
     settings = read_config(args.pretrained)["settings"]
     same = {name: settings[name] for name in ("arch", "dataset", "data_root")}
-    parser.set_defaults(output=args.pretrained, **same, **cli.data_options(settings))
+    parser.set_defaults(output=args.pretrained, **same, **options_in(settings))
     files = {"trained": BACKBONE, "untrained": UNTRAINED}
     files = {name: os.path.join(args.pretrained, file) for name, file in files.items()}
     if not os.path.exists(files["untrained"]):
@@ -163,8 +163,8 @@ def main(argv=None):
         args, files = find_files(parser, args, argv)
         device = select_device(args.gpu)
         args.precision = select_precision(args.precision, device)
-        inherit_data_options(args, args.pretrained)
-        data = load_dataset(args.dataset, args.data_root, device, **cli.data_options(vars(args)), unlabeled=False)
+        options = options_in(vars(args), inherited_options(args.pretrained))
+        data = load_dataset(args.dataset, args.data_root, device, **options, unlabeled=False)
         if not data.has_classes:
             raise ValueError(f"--dataset {args.dataset}: no labels of several classes to draw")
         os.makedirs(args.output, exist_ok=True)

@@ -42,31 +42,33 @@ def mlp(*prefixes):
     return {f"{prefix}.{name}": value for prefix in prefixes for name, value in layer.items()}
 
 
+def twice(tensors, *layers):
+    """A backbone and a projector, and both again in an nn.Sequential named encoder."""
+    heads = mlp(*(f"{head}.layer{i}" for head in ("projector", "encoder.1") for i in layers), "predictor.layer1")
+    return under("backbone.", tensors) | under("encoder.0.", tensors) | heads
+
+
 def reza_safdari():
     model = reference()
-    own = with_shortcuts(model.state_dict())
-    heads = mlp(*(f"{head}.layer{i}" for head in ("projector", "encoder.1") for i in (1, 2, 3)), "predictor.layer1")
-    names = under("backbone.", own) | under("encoder.0.", own) | heads
+    names = twice(with_shortcuts(model.state_dict()), 1, 2, 3)
     return model, {"epoch": 800, "arch": "resnet18", "state_dict": names, "optimizer": {"state": {}}, "top1_acc": 86.5}
 
 
 def patrick_hua():
     model = reference()
-    heads = mlp(*(f"{head}.layer{i}" for head in ("projector", "encoder.1") for i in (1, 3)), "predictor.layer1")
-    names = under("backbone.", model.state_dict()) | under("encoder.0.", model.state_dict()) | heads
-    return model, {"epoch": 800, "state_dict": under("module.", names)}
+    return model, {"epoch": 800, "state_dict": under("module.", twice(model.state_dict(), 1, 3))}
 
 
 def patrick_hua_early():
-    """The first version: the encoder is a Sequential of torchvision's children and the projector."""
+    """The encoder is an nn.Sequential of torchvision's children and the projector."""
     model = reference()
     names = numbered(model.state_dict(), 0, 1, 4, 5, 6, 7) | mlp("9.layer1")
     return model, {"epoch": 100, "state_dict": under("encoder.", names) | mlp("predictor.layer1")}
 
 
 def lightly(benchmark=True):
-    """The benchmark's backbone is a Sequential of the children of lightly's own ResNet, which calls the ReLU after the
-    stem in its forward method: the Sequential has none. Otherwise the backbone is torchvision's."""
+    """The benchmark's backbone is an nn.Sequential of the children of lightly's own ResNet, which calls the ReLU after
+    the stem in its forward method: the Sequential has none. Otherwise the backbone is torchvision's."""
     model = reference()
     own = model.state_dict()
     if benchmark:
@@ -77,7 +79,7 @@ def lightly(benchmark=True):
 
 
 def solo_learn(prefix="backbone.", lightning=True):
-    """Without Lightning's version beside it, it could be anyone's state dict: the stem stays as it is here."""
+    """Without Lightning's version beside it, it could be anyone's state dict: the stem is padded by 1."""
     model = reference(stem_padding=2 if lightning else 1)
     names = under(prefix, model.state_dict()) | mlp("classifier.0", "projector.0", "predictor.0")
     return model, {"pytorch-lightning_version": "1.6", "state_dict": names} if lightning else names
@@ -90,14 +92,9 @@ def facebookresearch():
     return model, {"epoch": 100, "arch": "resnet18", "state_dict": under("module.", names), "optimizer": {"state": {}}}
 
 
-def torchvision_downsample():
+def bare(names=dict, head="fc."):
     model = reference()
-    return model, model.state_dict() | under("fc.", torch.nn.Linear(512, 10).state_dict())
-
-
-def bare_shortcut():
-    model = reference()
-    return model, under("_orig_mod.", with_shortcuts(model.state_dict()))
+    return model, names(model.state_dict()) | under(head, torch.nn.Linear(512, 10).state_dict())
 
 
 LAYOUTS = {  # the function, and what load_backbone prints of it
@@ -110,6 +107,6 @@ LAYOUTS = {  # the function, and what load_backbone prints of it
     "solo-learn, early": (lambda: solo_learn("encoder."), "state_dict.encoder.conv1", "stem padded by 2"),
     "solo-learn, state dict": (lambda: solo_learn(lightning=False), " backbone.conv1", "21 more ignored"),
     "facebookresearch": (facebookresearch, "state_dict.module.encoder.conv1", "28 more ignored"),
-    "torchvision": (torchvision_downsample, " conv1", "2 more ignored"),
-    "kuangliu": (bare_shortcut, "_orig_mod.conv1", "0 more ignored"),
+    "torchvision": (bare, " conv1", "2 more ignored"),
+    "kuangliu": (lambda: bare(with_shortcuts, "linear."), " conv1", "2 more ignored"),
 }

@@ -187,8 +187,8 @@ def test_a_collapse_is_warned_of_once_after_three_epochs():
     records, warned = [{"epoch": 0, "knn1": 9.0}], []
     for epoch, std in enumerate((0.31, 0.29, 0.29, 0.29, 0.2, 0.31, 0.29, 0.29, 0.29), 1):
         records.append({"epoch": epoch, "std": std})
-        warned += [epoch] * bool(log.collapse_warning(records, 100, "default"))
-        assert not any(log.collapse_warning(records, 100, head_bn) for head_bn in ("none", "hidden"))
+        warned += [epoch] * bool(log.collapse_warning(records, {"bn_batch": 100, "head_bn": "default"}))
+        assert not any(log.collapse_warning(records, {"bn_batch": 100, "head_bn": head_bn}) for head_bn in ("none", "hidden"))
     assert warned == [4, 9]
 
 

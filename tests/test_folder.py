@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torchvision
 from PIL import Image
-from torchvision import transforms
+from torchvision import datasets, transforms
 
 import export
 import main as pretraining
@@ -80,7 +79,7 @@ def test_images_of_any_size_are_those_of_torchvision(size, tmp_path, monkeypatch
     shutil.copytree("DIR/train", "DIR/val")
     loaded = load_dataset("folder", "DIR", CPU, image_size=size)
     crop = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()])
-    reference = torchvision.datasets.ImageFolder("DIR/train", crop)
+    reference = datasets.ImageFolder("DIR/train", crop)
     place = {file: i for i, (file, _) in enumerate(reference.samples)}
     order = [place[file] for file, _ in image_files.list_images("DIR/train")[0]]
     for images, labels in (loaded[:2], loaded[2:4]):
@@ -174,9 +173,10 @@ def test_held_out_images_are_about_a_share_of_each_class_and_stay_so(shapes, tmp
     monkeypatch.chdir(tmp_path)
     write_images("DIR", shapes.train_images[:600], shapes.train_labels)
     loaded = load_dataset("folder", "DIR", CPU, test_share=0.25)
-    assert abs(len(loaded.test_images) / 600 - 0.25) < 4 * (0.25 * 0.75 / 600)**0.5 and len(loaded.test_labels.unique()) == 10
-    both = torch.cat((loaded.train_images, loaded.test_images))
-    assert sorted(map(bytes, both.numpy())) == sorted(map(bytes, shapes.train_images[:600].numpy()))
+    share = len(loaded.test_images) / 600
+    assert abs(share - 0.25) < 4 * (0.25 * 0.75 / 600)**0.5 and len(loaded.test_labels.unique()) == 10
+    both = [*loaded.train_images.numpy(), *loaded.test_images.numpy()]
+    assert sorted(map(bytes, both)) == sorted(map(bytes, shapes.train_images[:600].numpy()))
     held_out = set(map(bytes, loaded.test_images.numpy()))
     write_images("DIR", shapes.train_images[:650], shapes.train_labels)  # what is added changes nothing else
     more = load_dataset("folder", "DIR", CPU, test_share=0.25)
@@ -267,7 +267,7 @@ def test_load_folder_matches_image_folder(tmp_path, capsys):
     write_images(tmp_path, torch.randint(256, (3, 3, 80, 50), generator=torch.Generator().manual_seed(0)).byte(),
                  [1, 0, 1], "ab")
     transform = transforms.Compose([transforms.Resize(40), transforms.CenterCrop(40), transforms.PILToTensor()])
-    reference = torchvision.datasets.ImageFolder(tmp_path, transform)
+    reference = datasets.ImageFolder(tmp_path, transform)
     image = next(tmp_path.glob("b/*"))
     for name in ("loose.png", "a/._2.png", "a/.cache/3.png", ".hidden/4.png", "__MACOSX/a/5.png", "b/__MACOSX/6.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

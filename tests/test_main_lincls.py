@@ -180,7 +180,7 @@ def test_another_backbone_is_not_resumed_and_a_classifier_of_it_is_warned_of(
     assert run_lincls("--features", "cached", "--trial", "a") == 0
     weights = checkpoint.load(os.path.join(finished_run, "backbone.pt"))
     checkpoint.save("other.pt", {**weights, "bn1.bias": weights["bn1.bias"] + 1})
-    refused(main_lincls.main, ["--resume", "auto", "--pretrained", "other.pt"], "other backbone than")
+    refused(main_lincls.main, ["--resume", "auto", "--pretrained", "other.pt"], "not the backbone")
     assert run_lincls("--pretrained", "other.pt", "--evaluate", "experiments/a/classifier.pt") == 0
     assert "other features than those of other.pt" in capsys.readouterr().err
 

@@ -1,5 +1,4 @@
 """Checkpoints of every layout give the features of the network that wrote them; what does not fit is named."""
-import argparse
 import os
 import sys
 
@@ -12,6 +11,7 @@ import simsiam
 
 IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 TENSORS = simsiam.resnet18(4).state_dict()
+BESIDE = dict.fromkeys(("n_averaged", "module.temperature", "queue", "projection_head.0.weight"), torch.zeros(2))
 
 
 @torch.no_grad()
@@ -54,12 +54,9 @@ def test_own_files_load(finished_run, capsys, name, place):
     assert f"{place}.weight: 120 tensors matched" in capsys.readouterr().out and backbone.feature_dim == 32
     own = torch.load(os.path.join(finished_run, "backbone.pt"), weights_only=True)
     assert all(torch.equal(value, own[key]) for key, value in backbone.state_dict().items())
-
-
-def test_float16_weights_load_as_float32():
-    half = {name: value.half() if value.is_floating_point() else value for name, value in TENSORS.items()}
-    weight = simsiam.load_backbone(half, verbose=False).conv1.weight
-    assert weight.dtype == torch.float32 and torch.equal(weight, half["conv1.weight"].float())
+    own["conv1.weight"] = own["conv1.weight"].half()
+    weight = simsiam.load_backbone(own).conv1.weight
+    assert weight.dtype == torch.float32 and torch.equal(weight, own["conv1.weight"].float())
 
 
 @pytest.mark.parametrize("name, value, words", [
@@ -93,19 +90,16 @@ def test_files_without_a_backbone_and_unknown_architectures_are_rejected(content
     lambda tensors: {"opt": {"m": {"conv1.weight": tensors["conv1.weight"]}}, "a": {"b": {"long_name": tensors}}},
     lambda tensors: {"model": {name.replace("layer1.", "layer1._fsdp_wrapped_module."): value
                                for name, value in tensors.items()}},
+    lambda tensors: tensors | BESIDE,
+    lambda tensors: layouts.under("_orig_mod.", layouts.with_shortcuts(tensors)),
+    lambda tensors: layouts.under("module.", tensors) | BESIDE,
+    lambda tensors: layouts.under("net.", tensors) | BESIDE,
     lambda tensors: {name: value for name, value in tensors.items() if "num_batches" not in name},
     lambda tensors: {name: value.half() if "num_batches" in name else value for name, value in tensors.items()},
 ])
 def test_a_complete_backbone_is_found_anywhere(nest):
     backbone = simsiam.load_backbone(nest(layouts.reference().state_dict()), verbose=False)
     assert torch.equal(features(backbone), features(simsiam.load_backbone(layouts.reference().state_dict())))
-
-
-@pytest.mark.parametrize("neighbor", ["n_averaged", "module.temperature", "queue", "projection_head.0.weight"])
-@pytest.mark.parametrize("prefix", ["", "module.", "net."])
-def test_what_stands_beside_a_backbone_is_ignored(prefix, neighbor):
-    backbone = simsiam.load_backbone(layouts.under(prefix, TENSORS) | {neighbor: torch.zeros(2)}, verbose=False)
-    assert torch.equal(backbone.conv1.weight, TENSORS["conv1.weight"])
 
 
 def test_two_backbones_do_not_become_one(capsys):
@@ -139,29 +133,27 @@ def test_of_two_backbones_the_online_one_is_taken(online, average, separate, cap
 
 
 class Network(torch.nn.Module):
-    """With code of its own, as people save whole networks."""
+    """As people save whole networks: loading it needs this code."""
 
 
 def test_other_files_are_refused_with_the_reason(tmp_path):
-    network = torch.nn.Conv2d(3, 4, 3)
-    torch.jit.save(torch.jit.script(network), tmp_path / "TorchScript")
-    numpy.savez(tmp_path / "arr_0.npy", numpy.zeros(3))
-    (tmp_path / "arr_0.npy.npz").rename(tmp_path / "arr_0.npy")
+    with open(tmp_path / "arr_0.npy", "wb") as file:
+        numpy.savez(file, numpy.zeros(3))
     torch.save(Network(), tmp_path / "needs pickled code (test_weights.Network)")
     torch.save(Network(), tmp_path / "(test_weights.Network)", _use_new_zipfile_serialization=False)
     for name, content in {
-        "begins with b'version https://git-lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n",
+        "begins with b'version https:": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n",
         "begins with b'<!DOCTYPE html>": b"<!DOCTYPE html><html>Sign in</html>",
         "begins with b'\\x89PNG": b"\x89PNG\r\n\x1a\n" + bytes(100),
         "the file is empty": b"",
         "truncated or damaged": (tmp_path / "arr_0.npy").read_bytes()[:100],
     }.items():
-        (tmp_path / name.replace("/", "|")).write_bytes(content)
+        (tmp_path / name).write_bytes(content)
     for path in tmp_path.iterdir():
         with pytest.raises(ValueError) as error:
             simsiam.load_backbone(path)
-        assert path.name.replace("|", "/") in str(error.value).removeprefix(str(path))
-        assert "\n" not in str(error.value).removeprefix(str(path))
+        line = str(error.value).removeprefix(str(path))
+        assert path.name in line and "\n" not in line
     with pytest.raises(IsADirectoryError, match="name backbone.pt"):
         simsiam.load_backbone(tmp_path)
 
@@ -177,23 +169,12 @@ def test_safetensors_load_where_the_package_is(tmp_path, monkeypatch):
         simsiam.load_backbone(path)
 
 
-def test_pickled_code_is_rejected(tmp_path):
-    path = str(tmp_path / "theirs.pt")
-    torch.save({"state_dict": TENSORS, "hyper_parameters": argparse.Namespace()}, path)
-    with pytest.raises(ValueError, match="Namespace.*state_dict"):
-        simsiam.load_backbone(path)
-    torch.save({"state_dict": TENSORS, "epoch": 3}, path)
-    assert simsiam.load_backbone(path, verbose=False).feature_dim == 32
-
-
-def test_damaged_files_are_rejected(tmp_path):
-    path = tmp_path / "backbone.pt"
-    torch.save(TENSORS, path)
-    content = bytearray(path.read_bytes())
+def test_a_damaged_and_a_missing_file_are_refused(tmp_path):
+    torch.save(TENSORS, tmp_path / "backbone.pt")
+    content = bytearray((tmp_path / "backbone.pt").read_bytes())
     content[content.index(TENSORS["layer4.1.conv2.weight"].numpy().tobytes())] ^= 4
-    for damaged in (content, content[:1000]):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="damaged"):
-            simsiam.load_backbone(path)
+    (tmp_path / "backbone.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        simsiam.load_backbone(tmp_path / "backbone.pt")
     with pytest.raises(FileNotFoundError):
         simsiam.load_backbone(tmp_path / "none.pt")

@@ -1,5 +1,4 @@
-"""Files that are whole or absent: checkpoints, written atomically and read without running code,
-and JSON."""
+"""Files that are whole or absent: checkpoints, written atomically, and JSON."""
 import contextlib
 import hashlib
 import io
@@ -8,7 +7,7 @@ import os
 
 import torch
 
-from simsiam import read_file
+from simsiam import read_file as load  # noqa: F401 (the counterpart of save)
 from utils.cli import info, warn
 
 fcntl = None  # on Windows, where nothing is locked
@@ -19,11 +18,6 @@ with contextlib.suppress(ImportError):
 def save(path, state, keep_previous=False):
     """Write `state` (tensors, plain numbers, strings, lists, dicts) with torch.save, as `write`."""
     write(path, to_bytes(state), keep_previous)
-
-
-def load(path):
-    """Read a checkpoint onto the CPU; see simsiam.read_file for the errors."""
-    return read_file(path)
 
 
 def to_bytes(state):
@@ -105,8 +99,7 @@ def write_json(path, content):
 
 
 def read_json(path, *keys):
-    """The object in a JSON file. Raises OSError, and ValueError if it is not JSON or has not these
-    keys."""
+    """The object in a JSON file. Raises OSError, and ValueError if it is none or lacks these keys."""
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)

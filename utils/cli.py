@@ -21,7 +21,6 @@ TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <=
 rank = int(os.environ["RANK"]) if TORCHRUN else 0
 processes = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
 USER_ERRORS = (ValueError, OSError, MemoryError, RuntimeError)  # what bad input raises in set-up
-DATA_OPTIONS = ("train_size", "test_size", "image_size", "validation", "test_share", "skip_broken", "cache_dir")
 quiet = False  # --quiet: `info` and the bars show nothing
 
 
@@ -102,7 +101,7 @@ whole_number = functools.partial(number, int, most=2**32 - 1)  # whole_number(le
 
 
 def add_data_options(parser, datasets, positional=True):
-    """DIR or --data_root, --dataset, and DATA_OPTIONS; returns their group."""
+    """DIR or --data_root, --dataset and what load_dataset takes; returns the group."""
     group = parser.add_argument_group("data")
     name, nargs = (["data_root"], {"nargs": "?"}) if positional else (["--data_root"], {})
     group.add_argument(*name, type=file_path, default="data", metavar="DIR", **nargs,
@@ -122,23 +121,15 @@ def add_data_options(parser, datasets, positional=True):
     return group
 
 
-def data_options(settings, inherited=()):
-    """The options of load_dataset in the settings of a script or a run. inherited: a dict of those
-    that stand where none is typed."""
-    options = {name: settings[name] for name in DATA_OPTIONS if name in settings}
-    return options | {name: value for name, value in dict(inherited).items() if options[name] is None}
-
-
 def add_normalization(group, mean, std):
     """--mean and --std, with these defaults."""
     for name, values in (("mean", mean), ("std", std)):
-        group.add_argument(f"--{name}", nargs=3, type=number(float, above=name == "std"),
-                           default=list(values), metavar=("R", "G", "B"),
-                           help=f"per-channel {name} for normalization")
+        group.add_argument(f"--{name}", nargs=3, type=number(float, above=name == "std"), default=list(values),
+                           metavar=("R", "G", "B"), help=f"per-channel {name} for normalization")
 
 
 def add_device_options(parser):
-    """--gpu and --precision; returns their group."""
+    """--gpu and --precision; returns the group."""
     group = parser.add_argument_group("device")
     group.add_argument("--gpu", type=int, metavar="N", help="CUDA GPU (default: the first, else the CPU)")
     group.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
@@ -147,7 +138,7 @@ def add_device_options(parser):
 
 
 def add_run_options(parser):
-    """--exp_dir, --trial, --resume, --max_minutes, --tensorboard, --quiet; returns their group."""
+    """--exp_dir, --trial, --resume, --max_minutes, --tensorboard, --quiet; returns the group."""
     group = parser.add_argument_group("run")
     add, switch = group.add_argument, argparse.BooleanOptionalAction
     add("--exp_dir", type=file_path, default="experiments", metavar="DIR", help="folder of the runs")

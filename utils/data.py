@@ -52,6 +52,13 @@ class Options(NamedTuple):
     unlabeled: bool = True           # with STL-10's images without labels
 
 
+def options_in(settings, inherited=()):
+    """The options of load_dataset in the settings of a script or a run. inherited: a dict of those
+    that stand where none is typed."""
+    found = {name: settings[name] for name in Options._fields if name in settings}
+    return found | {name: value for name, value in dict(inherited).items() if found[name] is None}
+
+
 def load_dataset(name, root, device, **options):
     """Load one of DATASETS as a Dataset. root: data folder; downloaded into if missing. options: the
     fields of `Options`. Raises ValueError for an unknown name and sizes beyond the data set's, OSError

@@ -18,23 +18,21 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # as in malloc.h
 
 
 def select_device(gpu):
-    """The CUDA GPU with index `gpu`, made the current device; for None the first GPU, else the CPU,
-    prepared by `prepare_cpu`. Of several processes each takes the GPU of its LOCAL_RANK. Raises
-    ValueError if there is none."""
+    """The CUDA GPU with index `gpu`, made the current device; for None the first, else the CPU,
+    prepared. Of several processes each takes that of its LOCAL_RANK. Raises ValueError without it."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    option = "--gpu"
     if processes > 1:
         if gpu is not None:
             raise ValueError("omit --gpu: torchrun gives each process a GPU of its own")
-        option, gpu = "LOCAL_RANK", int(os.environ["LOCAL_RANK"]) if count else None
+        gpu = int(os.environ["LOCAL_RANK"]) if count else None
     if gpu is None and not count:
         prepare_cpu()
         return torch.device("cpu")
     gpu = gpu or 0
-    if not count:
-        raise ValueError(f"--gpu {gpu}: CUDA sees no GPU here; omit --gpu to use the CPU")
     if not 0 <= gpu < count:
-        raise ValueError(f"{option} {gpu}: CUDA sees GPUs 0 to {count - 1}")
+        option = "--gpu" if processes == 1 else "LOCAL_RANK"
+        seen = f"CUDA sees GPUs 0 to {count - 1}" if count else "CUDA sees no GPU; omit --gpu to use the CPU"
+        raise ValueError(f"{option} {gpu}: {seen}")
     device = torch.device("cuda", gpu)
     torch.cuda.set_device(device)  # else a context is created on GPU 0 too
     return device
@@ -42,9 +40,8 @@ def select_device(gpu):
 
 def prepare_cpu():
     """Limit threads to a container's CPU quota, unless OMP_NUM_THREADS is set, and make glibc keep
-    freed memory, unless a MALLOC_ variable is set: else the pages of all activations go back to the
-    system in each step and return zeroed. Keeping them is up to a fifth faster and leaves more
-    holes in the heap."""
+    freed memory, unless a MALLOC_ variable is set: else the pages of all activations are returned in
+    each step, and come back zeroed. Up to a fifth faster, with more holes in the heap."""
     try:
         with open(CPU_QUOTA) as file:
             quota, period = map(int, file.read().split())
@@ -87,15 +84,14 @@ def cpu_has_bf16():
 
 def autocast(device, precision):
     """A function that makes the autocast context of a precision; for fp32 autocast is off."""
-    enabled = precision != "fp32"
-    return functools.partial(torch.autocast, device.type, DTYPES[precision], enabled=enabled)
+    return functools.partial(torch.autocast, device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
 def memory_layout(device, width, batch_size):
-    """The memory format for training: channels_last, except where it makes torch's CPU kernels
-    corrupt memory: in 2.14 and 2.15 the weight gradient of a 1x1 convolution with stride 2 and
-    fewer channels than a vector register holds, 8 with AVX2 (any batch), 16 with AVX-512 (odd
-    batches on several threads). batch_size: of all processes."""
+    """The memory format for training, given the batch of all processes: channels_last, except where
+    torch's CPU kernels corrupt memory with it: in 2.14 and 2.15 the weight gradient of a 1x1
+    convolution with stride 2 and fewer channels than a vector register holds, 8 with AVX2 (any
+    batch), 16 with AVX-512 (odd batches on several threads)."""
     odd = batch_size // processes % 2 == 1
     crashes = device.type == "cpu" and (width < 8 or width < 16 and odd)
     return torch.contiguous_format if crashes else torch.channels_last
@@ -118,8 +114,8 @@ def compile_for(device, function, choice, steps):
 
 
 def sgd(groups, learning_rate, momentum, weight_decay):
-    """Fused SGD with momentum buffers that are there from the start: a first step that the loss
-    scaler of fp16 skips would leave them allocated, and not filled. groups: lists of parameters."""
+    """Fused SGD for groups, lists of parameters. Its momentum buffers are there from the start: a
+    first step that the loss scaler of fp16 skips would leave them allocated, and not filled."""
     optimizer = torch.optim.SGD([{"params": group} for group in groups], learning_rate, momentum,
                                 weight_decay=weight_decay, fused=True)
     for parameter in itertools.chain(*groups):

@@ -27,9 +27,8 @@ def joined():
     if os.environ.get("GROUP_WORLD_SIZE") == "1":  # a restart finds old keys (pytorch issue 135712)
         store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    group = dict(store=store, rank=rank, world_size=processes, timeout=PATIENCE)
     try:
-        distributed.init_process_group(backend, **group)
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=PATIENCE)
         yield
         distributed.destroy_process_group()
     except RuntimeError as error:
@@ -50,7 +49,6 @@ def on_first(share=True):
     """Decorator: the first process calls the function, and the others wait. Its USER_ERRORS are
     those of all, and so is its result, unless share=False: then the others get None."""
     def decorate(function):
-        @functools.wraps(function)
         def call(*args):
             if processes == 1:
                 return function(*args)
@@ -62,26 +60,21 @@ def on_first(share=True):
                     failure = error
             sent = [result if share else None, failure]
             distributed.broadcast_object_list(sent)
-            shared, failure = sent
-            if failure:
-                raise failure
-            return shared if share else result
-        return call
+            if sent[1]:
+                raise sent[1]
+            return sent[0] if share else result
+        return functools.wraps(function)(call)
     return decorate
 
 
 def in_turns(function):
-    """Decorator: every process calls the function, first rank 0, then one process on each node, then
-    the others, so that later ones find what earlier ones downloaded or cached. USER_ERRORS of any
-    are raised in all."""
+    """Decorator: every process calls the function, first rank 0, then one on each node, then the
+    others, which find what earlier ones have downloaded. USER_ERRORS of any are raised in all."""
     @functools.wraps(function)
     def call(*args):
         if processes == 1:
             return function(*args)
-        turn = 2
-        if os.environ["LOCAL_RANK"] == "0":
-            turn = 0 if rank == 0 else 1
-        result = None
+        turn = 2 if os.environ["LOCAL_RANK"] != "0" else min(rank, 1)
         for now in range(3):
             failure = None
             if now == turn:
@@ -119,10 +112,6 @@ def synchronize_batch_norm(model):
     return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if processes > 1 else model
 
 
-def has_synchronized_batch_norm(model):
-    return any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules())
-
-
 def rows_of_step(step, batch_size):
     """The rows of a step's batch that this process takes, in the order of an epoch."""
     share = batch_size // processes
@@ -138,9 +127,9 @@ class Step(torch.nn.Module):
         self.model, self.function = model, function
 
     def forward(self, *args):
-        if not args:
-            return sum(parameter.square().sum() for parameter in self.model.parameters())
-        return self.function(*args)
+        if args:
+            return self.function(*args)
+        return sum(parameter.square().sum() for parameter in self.model.parameters())
 
 
 def average_gradients(model, function):
@@ -148,8 +137,7 @@ def average_gradients(model, function):
     gradients over all processes. The parameters become those of the first one."""
     if processes == 1:
         return function
-    # 1x1 convolutions in channels_last have other strides, but the same memory.
-    warnings.filterwarnings("ignore", "Grad strides do not match")
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1x1 convolutions: same memory
     step = torch.nn.parallel.DistributedDataParallel(Step(model, function))
     step.broadcast_buffers = False  # in each step; average_epoch does it when they are used
     step().backward()  # DDP orders its buckets by the first backward pass: the same when resumed

@@ -23,10 +23,9 @@ def read(folder, empty=False):
     path = os.path.join(folder, LOG)
     if not os.path.exists(path):
         raise FileNotFoundError(f"{folder}: no {LOG}; not a run's folder")
-    with open(path, encoding="utf-8", errors="replace") as file:
-        lines = file.read().splitlines()
     try:
-        records = [json.loads(line) for line in lines]
+        with open(path, encoding="utf-8") as file:
+            records = [json.loads(line) for line in file]
         values = [value for record in records for value in (record["epoch"], *record.values())]
         if not all(isinstance(value, (int, float)) for value in values):
             raise ValueError("not a number")
@@ -39,45 +38,38 @@ def read(folder, empty=False):
 
 def last(records, key):
     """The last value of `key` in the records, or None."""
-    for record in reversed(records):
-        if key in record:
-            return record[key]
-    return None
+    values = [record[key] for record in records if key in record]
+    return values[-1] if values else None
 
 
 def summary(records):
-    """The newest metrics of a pre-training in words, short enough to stand beside a bar; '' if
-    there are none."""
+    """The newest metrics of a pre-training in words, to stand beside a bar; '' if there are none."""
     if not records or "loss" not in records[-1]:
         return ""
-    words = ["loss {loss:.4f}, std {std:.3f}".format(**records[-1])]
-    knn, rank = last(records, "knn200"), last(records, "effective_rank")
-    if knn is not None:
-        words.append(f"kNN {knn:.2f} %")
-    if rank is not None:
-        words.append(f"rank {rank:.1f}")
-    return ", ".join([*words, "{views_per_s:,.0f} views/s".format(**records[-1])])
+    words = "loss {loss:.4f}, std {std:.3f}, ".format(**records[-1])
+    for key, form in (("knn200", "kNN {:.2f} %, "), ("effective_rank", "rank {:.1f}, ")):
+        value = last(records, key)
+        words += "" if value is None else form.format(value)
+    return words + "{views_per_s:,.0f} views/s".format(**records[-1])
 
 
 def row(folder):
     """The last metrics of a run as a dict: a row of the table."""
     records, path = read(folder), os.path.join(folder, "config.json")
-    cells = {"run": os.path.basename(os.path.normpath(folder))}
-    cells |= {key: last(records, key) for key in TABLE if last(records, key) is not None}
-    if records[0]["epoch"] == 0 and "knn200" in records[0]:
-        cells["untrained knn200"] = records[0]["knn200"]
-    if "test_top1" in cells:
-        cells["best test_top1"] = max(record["test_top1"] for record in records)
+    cells = {key: last(records, key) for key in TABLE}
+    if records[0]["epoch"] == 0:
+        cells["untrained knn200"] = records[0].get("knn200")
+    cells["best test_top1"] = max((each["test_top1"] for each in records if "test_top1" in each), default=None)
     seconds = last(records, "time") or sum(record.get("seconds", 0) for record in records)
     cells["minutes"] = seconds / 60
     if os.path.exists(path):
         cells["device"] = checkpoint.read_json(path).get("device")
-    return cells
+    found = {key: value for key, value in cells.items() if value is not None}
+    return {"run": os.path.basename(os.path.normpath(folder)), **found}
 
 
 def table(folders):
-    """The last metrics of runs as a Markdown table. Raises OSError and ValueError for a folder
-    without a log."""
+    """The last metrics of runs as a Markdown table. Raises OSError and ValueError without a log."""
     rows = [row(folder) for folder in folders]
     keys = list(dict.fromkeys(key for cells in rows for key in cells))
     lines = [keys, ["---"] * len(keys)]

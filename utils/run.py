@@ -10,7 +10,6 @@ import shlex
 import shutil
 import subprocess
 import time
-from typing import NamedTuple
 
 import numpy
 import torch
@@ -37,12 +36,6 @@ class Position:
     step: int = 0
     metrics: torch.Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0, 2))
     seconds: float = 0.0  # of these steps
-
-
-class Found(NamedTuple):
-    """What --resume finds: a run's folder and the state in its checkpoint."""
-    folder: str = None
-    state: dict = None
 
 
 def run_folder(exp_dir, trial):
@@ -77,40 +70,38 @@ def new_folder(exp_dir, trial=None):
 
 @on_first()
 def find(exp_dir, trial, resume, name):
-    """What --resume means, as Found; name: of the checkpoint in a run's folder. A damaged one that
-    'auto' finds is replaced by the previous one, with a warning. Raises ValueError and OSError for
-    what cannot be resumed."""
+    """What --resume means: the run's folder and the state in its checkpoint, a file called `name`,
+    or None. A damaged one that 'auto' finds is replaced by the previous one, with a warning. Raises
+    ValueError and OSError for what cannot be resumed."""
     if resume is None:
-        return Found()
+        return None, None
     if resume != "auto":
         if trial is not None:
             raise ValueError("--resume PATH continues in the folder of PATH; omit --trial")
-        return Found(os.path.dirname(resume) or ".", load_state(resume, name))
-    folder = latest_folder(exp_dir, name) if trial is None else run_folder(exp_dir, trial)
-    if folder is None or not os.path.lexists(folder):
+        return os.path.dirname(resume) or ".", load_state(resume, name)
+    if trial is None:
+        paths = glob.glob(os.path.join(glob.escape(exp_dir), "*", name.replace(".", "*.")))
+        folder = os.path.dirname(max(paths, key=os.path.getmtime, default=""))
+    else:
+        folder = run_folder(exp_dir, trial)
+    if not os.path.lexists(folder):
         info(f"nothing to resume in {exp_dir}: starting a new run")
-        return Found()
+        return None, None
     path = os.path.join(folder, name)
     previous = checkpoint.previous_path(path)
     if not os.path.exists(path) and not os.path.exists(previous):
         names = os.listdir(folder) if os.path.isdir(folder) else [CHECKPOINT]
         if {CHECKPOINT, EVALUATION, RESULTS} & {*names} or log.LOG in names and log.read(folder, empty=True):
             raise ValueError(f"{folder} exists and has no checkpoint to resume; choose another --trial")
-        return Found(folder)  # killed before its first checkpoint
+        return folder, None  # killed before its first checkpoint
     try:
-        return Found(folder, load_state(path, name))
+        return folder, load_state(path, name)
     except (ValueError, OSError) as error:
         if not os.path.exists(previous):
             raise
         state = load_state(previous, name)
         warn(f"{error}; resuming from {previous}, epoch {state['epoch']}")
-        return Found(folder, state)
-
-
-def latest_folder(exp_dir, name):
-    """The folder in exp_dir whose checkpoint was written last; None if there is none."""
-    paths = glob.glob(os.path.join(glob.escape(exp_dir), "*", name.replace(".", "*.")))
-    return os.path.dirname(max(paths, key=os.path.getmtime)) if paths else None
+        return folder, state
 
 
 def load_state(path, name):
@@ -119,8 +110,8 @@ def load_state(path, name):
     if not (isinstance(state, dict) and isinstance(state.get("config"), dict)):
         raise ValueError(f"{path}: not a checkpoint to resume")
     if state.get("format") != FORMAT:
-        raise ValueError(f"{path}: written by another version of this code (format "
-                         f"{state.get('format')}, not {FORMAT}); config.json beside it names the commit")
+        raise ValueError(f"{path}: written by another version of this code (format {state.get('format')}, "
+                         f"not {FORMAT}); config.json beside it names the commit")
     if ("model" in state) != (name == CHECKPOINT):
         raise ValueError(f"{path}: a checkpoint of another script")
     return state | {"path": path}
@@ -148,7 +139,7 @@ def restore(state, settings, device, parts):
     written elsewhere. Raises ValueError for what does not fit."""
     for name, what in (("data_digest", "training images"), ("backbone", "backbone")):
         if state["config"].get(name) != settings.get(name):
-            raise ValueError(f"other {what} than those of the run to resume, {state['path']}")
+            raise ValueError(f"not the {what} of the run to resume, {state['path']}")
     try:
         position = Position(*(state[field.name] for field in dataclasses.fields(Position)))
         for name, part in parts.items():
@@ -207,12 +198,10 @@ def inherited_options(path):
 
 
 def open_run(found, argv, settings, device, parts, begin):
-    """The Run, None except in the first process, and the Position to go on from. argv: script and
-    words typed. parts: what a checkpoint restores, by name. begin: when this process began. Raises
-    ValueError and OSError, and then leaves no new folder."""
-    position = Position()
-    if found.state is not None:
-        position = restore(found.state, settings, device, parts)
+    """The Run, None except in the first process, and the Position to go on from, of what `find` has
+    found. argv: script and words typed. parts: what a checkpoint restores, by name. begin: when this
+    process began. Raises ValueError and OSError, and then leaves no new folder."""
+    position = Position() if found[1] is None else restore(found[1], settings, device, parts)
     return open_folder(found, argv, settings, device, parts, begin), position
 
 
@@ -220,16 +209,17 @@ def open_run(found, argv, settings, device, parts, begin):
 def open_folder(found, argv, settings, device, parts, begin):
     """The Run in the folder that was found, whose config.json gets another slice, or in a new one
     with config.json and a first checkpoint."""
-    if found.state is not None:
-        run = Run(found.folder, settings, device, parts, begin, found.state)
+    folder, state = found
+    if state is not None:
+        run = Run(folder, settings, device, parts, begin, state)
         with contextlib.suppress(OSError, ValueError):  # a checkpoint may be moved without it
-            config = read_config(run.folder)
-            config["slices"] = [*config.get("slices", []), slice_now(device, found.state["epoch"])]
+            config = read_config(folder)
+            config["slices"] = [*config.get("slices", []), slice_now(device, state["epoch"])]
             checkpoint.write_json(run.path(CONFIG), config)
         return run
-    folder = found.folder or new_folder(settings["exp_dir"], settings["trial"])
+    new = folder or new_folder(settings["exp_dir"], settings["trial"])
     try:
-        run, now = Run(folder, settings, device, parts, begin), slice_now(device, 0)
+        run, now = Run(new, settings, device, parts, begin), slice_now(device, 0)
         config = {"argv": argv, "settings": settings, **now, "slices": [now]}
         checkpoint.write_json(run.path(CONFIG), config)
         run.write(Position())
@@ -237,8 +227,8 @@ def open_folder(found, argv, settings, device, parts, begin):
             shutil.copyfile(run.path(BACKBONE), run.path(UNTRAINED))
         return run
     except (OSError, ValueError):
-        if found.folder is None:
-            shutil.rmtree(folder, ignore_errors=True)
+        if folder is None:
+            shutil.rmtree(new, ignore_errors=True)
         raise
 
 
@@ -282,21 +272,19 @@ class Run:
     def record(self, position, optimizer, images_per_step):
         """The log's record of a whole epoch, but for what is evaluated."""
         loss, std = position.metrics.double().mean(dim=0).tolist()
-        return {
-            "epoch": position.epoch + 1, "loss": loss, "std": std,
-            "lr": optimizer.param_groups[0]["lr"], "seconds": round(position.seconds, 3),
-            "views_per_s": round(position.step * images_per_step / position.seconds, 1),
-            "time": round(self.elapsed(), 3),
-        }
+        speed = position.step * images_per_step / position.seconds
+        return {"epoch": position.epoch + 1, "loss": loss, "std": std, "lr": optimizer.param_groups[0]["lr"],
+                "seconds": round(position.seconds, 3), "views_per_s": round(speed, 1),
+                "time": round(self.elapsed(), 3)}
 
     def log(self, record):
         """Add a line to log.jsonl; warn of a collapse."""
         self.records.append(record)
+        with self.attempt():
+            log.write(self.folder, self.records)
         warning = log.collapse_warning(self.records, self.settings)
         if warning:
             warn(warning)
-        with self.attempt():
-            log.write(self.folder, self.records)
         if self.board:
             for name in record.keys() - {"epoch"}:
                 self.board.add_scalar(name, record[name], record["epoch"])
