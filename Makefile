@@ -9,8 +9,12 @@ RUN = $(VENV)/bin/python
 DEMO := demo-$(shell date +%Y%m%d-%H%M%S)
 LINEAR = $(RUN) main_lincls.py --dataset shapes --features cached
 
-$(VENV)/.installed: requirements.txt tests/requirements.txt
+$(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-tests: $(VENV)/.installed tests/requirements.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	touch $@
 
@@ -22,10 +26,10 @@ demo: $(VENV)/.installed
 	$(RUN) -m utils.plot experiments/$(DEMO) experiments/$(DEMO)-untrained-linear experiments/$(DEMO)-linear
 
 # Two tests at a time, with a thread each unless OMP_NUM_THREADS says otherwise.
-test: $(VENV)/.installed
+test: $(VENV)/.installed-tests
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest -q -n 2 --dist worksteal -m "not slow" tests
 
-test-slow: $(VENV)/.installed
+test-slow: $(VENV)/.installed-tests
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest -q -n 2 --dist worksteal -m slow tests
 
 test-all: test test-slow

@@ -4,8 +4,8 @@
 #
 # --seeds N             run seeds 0 to N - 1 (1)
 # --max_minutes M       stop after M minutes; the same command continues
-# --data_root DIR       folder that has or gets cifar-10-batches-py, relative to this script (data)
-# --gpu N[,N...]        CUDA GPUs, each for a seed at a time, or none (all)
+# --data_root DIR       data folder, relative to this script; downloaded into if missing (data)
+# --gpu N               index of the CUDA GPU, or none (the first, else the CPU)
 # --name NAME           runs are in experiments/NAME, logs go to logs/NAME-seedN (paper)
 # --entry NAME          torch.hub entry of the released weights (simsiam_resnet18_cifar10)
 # --weights DIR         folder of the released weights, relative to this script (weights)
@@ -15,90 +15,63 @@
 # PYTHON in the environment is the interpreter. Exit code: 0, that of the command that failed, or 2 for a wrong option.
 set -euo pipefail
 # The words of options are to be split: shellcheck disable=SC2086
-PYTHON=${PYTHON:-python3}
-SEEDS=1 MINUTES='' DATA=data GPU=all NAME=paper ENTRY=simsiam_resnet18_cifar10 WEIGHTS=weights PRETRAIN='' LINEAR=''
+seeds=1 max_minutes='' data_root=data gpu='' name=paper weights=weights pretrain='' linear=''
+entry=simsiam_resnet18_cifar10
+refuse() { echo "reproduce.sh: error: $*; see bash reproduce.sh --help" >&2; exit 2; }
 while [ $# -gt 0 ]; do
     [[ $1 != --*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
     case $1 in
-    --help | -h) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0" && exit 0 ;;
-    --seeds) SEEDS=${2-} ;;
-    --max_minutes) MINUTES=${2-} ;;
-    --data_root) DATA=${2-} ;;
-    --gpu) GPU=${2-} ;;
-    --name) NAME=${2-} ;;
-    --entry) ENTRY=${2-} ;;
-    --weights) WEIGHTS=${2-} ;;
-    --pretrain) PRETRAIN=${2-} ;;
-    --linear) LINEAR=${2-} ;;
-    *) echo "reproduce.sh: error: unrecognized argument $1; see bash reproduce.sh --help" >&2 && exit 2 ;;
+    --help | -h) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0"; exit 0 ;;
+    --seeds | --max_minutes | --data_root | --gpu | --name | --entry | --weights | --pretrain | --linear) ;;
+    *) refuse "unrecognized argument $1" ;;
     esac
-    [ $# -gt 1 ] || { echo "reproduce.sh: error: $1 requires a value" >&2 && exit 2; }
+    [ $# -gt 1 ] || refuse "$1 requires a value"
+    printf -v "${1#--}" %s "$2" # --seeds 3 sets seeds=3
     shift 2
 done
 cd "$(dirname "$0")"
-if ! [[ $SEEDS =~ ^[1-9][0-9]*$ && $MINUTES =~ ^(0|[1-9][0-9]*)?$ && $NAME =~ ^[A-Za-z0-9_][A-Za-z0-9_.-]*$ &&
-    $GPU =~ ^(all|none|[0-9]+(,[0-9]+)*)$ ]] || ! grep -q "^def $ENTRY(" hubconf.py; then
-    echo "reproduce.sh: error: --seeds, --max_minutes take a whole number, --gpu numbers, all or none, --name a plain" \
-        "name, --entry a hub entry" >&2
-    exit 2
-fi
-EXP=experiments/$NAME
-[ "$GPU" != all ] || GPU=$("$PYTHON" -c 'import torch; print(*range(max(1, torch.cuda.device_count())), sep=",")')
-IFS=, read -ra GPUS <<<"$GPU"
-DEVICES=("${GPUS[@]/#/--gpu }")
-[ "$GPU" != none ] || { DEVICES=('') && export CUDA_VISIBLE_DEVICES=; }
-QUIET=''
-[ $((SEEDS < ${#GPUS[@]} ? SEEDS : ${#GPUS[@]})) = 1 ] || QUIET=--quiet # several bars would overwrite each other
+[[ $seeds =~ ^[1-9][0-9]*$ ]] || refuse "--seeds takes a whole number"
+[[ $max_minutes =~ ^(0|[1-9][0-9]*)?$ ]] || refuse "--max_minutes takes a whole number"
+[[ $gpu =~ ^(none|[0-9]+)?$ ]] || refuse "--gpu $gpu: not a number or none"
+[[ $name =~ ^[A-Za-z0-9_][A-Za-z0-9_.-]*$ ]] || refuse "--name $name: not a plain name"
+grep -q "^def $entry(" hubconf.py || refuse "--entry $entry: not in hubconf.py"
+device=${gpu:+--gpu $gpu} exp=experiments/$name stop=0
+[ "$gpu" != none ] || { device='' && export CUDA_VISIBLE_DEVICES=; }
 
-slice() { # a script and its options, for the minutes that are left
-    local limit=''
-    [ -z "$MINUTES" ] || limit="--max_minutes $((MINUTES > SECONDS / 60 ? MINUTES - SECONDS / 60 : 0))"
-    "$PYTHON" "$@" $QUIET $limit
-    [ -z "$MINUTES" ] || [ "$SECONDS" -lt $((60 * MINUTES - 1)) ] || exit 0
+# Signals are passed on to the running command, which saves its checkpoint, and end the script after it.
+set -m # a command in the background would ignore Ctrl-C
+for signal in INT TERM HUP; do
+    trap "stop=$((128 + $(kill -l $signal))); kill -s $signal \${!-} 2>/dev/null || exit \$stop" $signal
+done
+run() { # a Python command; ends the script if it fails
+    "${PYTHON:-python3}" "$@" &
+    while code=0 && { wait $! || code=$?; } && kill -0 $! 2>/dev/null; do :; done # a signal ends wait
+    [ $code = 0 ] && code=$stop
+    [ $code = 0 ] || exit $code
 }
-
-run_seed() { # number and options of the device
-    local seed=$1 device=$2 run=$EXP/seed$1
-    [ ! -e "$run-linear/results.json" ] || return 0
-    slice main.py --data_root "$DATA" $device $PRETRAIN --seed $seed --exp_dir "$EXP" --trial seed$seed --resume auto
-    slice main_lincls.py $device $LINEAR --pretrained "$run/backbone.pt" --exp_dir "$EXP" --trial "seed$seed-linear" \
-        --resume auto "$DATA"
-    mkdir -p "logs/$NAME-seed$seed" "logs/$NAME-seed$seed-linear"
-    cp "$run"/{config.json,log.jsonl} "logs/$NAME-seed$seed"
-    cp "$run-linear"/{config.json,log.jsonl,results.json} "logs/$NAME-seed$seed-linear"
-}
-
-JOBS=() RUNS=() CODE=0 STOP=0
-for name in INT TERM HUP; do
-    trap "STOP=1; for job in \${JOBS[@]}; do kill -s $name -- -\$job; done 2>/dev/null" $name
-done
-for ((first = 0; !STOP && first < SEEDS && first < ${#GPUS[@]}; first++)); do
-    set -m # the job is a process group, to which signals are passed on, so that its command saves the checkpoint
-    (
-        for name in INT TERM HUP; do trap "exit $((128 + $(kill -l $name)))" $name; done # after the command
-        for ((seed = first; seed < SEEDS; seed += ${#GPUS[@]})); do run_seed $seed "${DEVICES[first]}"; done
-    ) &
-    JOBS+=($!)
-    set +m
-    # It may have to download the data.
-    while kill -0 $! 2>/dev/null && [ ! -e "$EXP/seed$first/config.json" ]; do sleep 0.2; done
-done
-for job in "${JOBS[@]}"; do
-    while code=0 && { wait "$job" || code=$?; } && kill -0 "$job" 2>/dev/null; do :; done # a signal ends wait
-    [ $code = 0 ] || CODE=$code
-done
-trap - INT TERM HUP
-[ $CODE = 0 ] || exit $CODE
-for ((seed = 0; seed < SEEDS; seed++)); do
-    RUNS+=("$EXP/seed$seed")
-    if [ ! -e "$EXP/seed$seed-linear/results.json" ]; then
-        echo "Stopped after $MINUTES minutes. The same command continues."
+train() { # a script and its options, for the minutes that are left
+    local left=$((${max_minutes:-0} - SECONDS / 60))
+    run "$@" --resume auto $device ${max_minutes:+--max_minutes $((left > 0 ? left : 0))}
+    if [ -n "$max_minutes" ] && [ $SECONDS -ge $((60 * max_minutes - 1)) ]; then
+        echo "Stopped after $max_minutes minutes. The same command continues."
         exit 0
     fi
+}
+
+for ((seed = 0; seed < seeds; seed++)); do
+    one=$exp/seed$seed log=logs/$name-seed$seed
+    runs+=("$one")
+    if [ ! -e "$one-linear/results.json" ]; then
+        train main.py --data_root "$data_root" $pretrain --seed $seed --exp_dir "$exp" --trial seed$seed
+        train main_lincls.py $linear --pretrained "$one/backbone.pt" --exp_dir "$exp" \
+            --trial seed$seed-linear "$data_root"
+    fi
+    mkdir -p "$log" "$log-linear"
+    cp "$one"/{config.json,log.jsonl} "$log"
+    cp "$one-linear"/{config.json,log.jsonl,results.json} "$log-linear"
 done
-DEVICE=${DEVICES[0]}
-"$PYTHON" export.py release "$EXP/seed0" --linear "$EXP/seed0-linear" --name "$ENTRY" --weights "$WEIGHTS" \
-    --data_root "$DATA" $DEVICE
-"$PYTHON" export.py check "$ENTRY" --weights "$WEIGHTS" --data_root "$DATA" $DEVICE
-"$PYTHON" -m utils.plot "${RUNS[@]}" --output "$EXP"
-"$PYTHON" -m utils.plot "${RUNS[@]/%/-linear}"
+run export.py release "$exp/seed0" --linear "$exp/seed0-linear" --name "$entry" --weights "$weights" \
+    --data_root "$data_root" $device
+run export.py check "$entry" --weights "$weights" --data_root "$data_root" $device
+run -m utils.plot "${runs[@]}" --output "$exp"
+run -m utils.plot "${runs[@]/%/-linear}"

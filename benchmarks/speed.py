@@ -1,151 +1,164 @@
-"""Speed of this repository beside a plain training script (benchmarks/plain.py):
+"""Speed of this repository beside a plain training script, in two minutes on two idle CPU cores:
 
     python benchmarks/speed.py
-    python benchmarks/speed.py --what end_to_end --precision bf16 --json speed.json
-    python benchmarks/speed.py --profile profile.txt
+    python benchmarks/speed.py --what end_to_end --width 64 --batch_size 32 --json speed.json
 
-end_to_end: training, main.py's second epoch against as many steps of plain.py. views: the augmentation alone. Default:
-width 64, batch 512 on a GPU; width 16, batch 512 and width 64, batch 32 on a CPU, about four minutes on two idle cores.
-The two programs take turns. Figures are medians, with the lowest and the highest.
+end_to_end: the second epoch of main.py against as many steps of the plain script. views: the augmentation alone. They
+take turns; figures are medians, with the lowest and the highest. The plain script is what public repositories have: PIL
+transforms per image in DataLoader workers, eager float32 in NCHW (on GPUs with TF32 convolutions, PyTorch's default),
+the loss read in every step.
 """
+import argparse
 import json
 import os
-import runpy
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-ENVIRONMENT = dict(os.environ)  # for plain.py, without what utils adds
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+ENVIRONMENT = dict(os.environ)  # for the scripts, without what utils adds
 
-import torch
+import torch  # before utils, whose OpenMP setting a plain script does not have
 import torchvision
-from tqdm import tqdm
+from PIL import Image
+from torch.utils.data import DataLoader, RandomSampler
+from torchvision import transforms
 
-from benchmarks import plain
-from utils.augment import apply_two_views, draw_views, epoch_generator
-from utils.cli import Parser, add_device_options, file_path, run_script, whole_number
-from utils.device import describe, select_device, select_precision
+from simsiam import SimSiam, resnet18, simsiam_loss
+from utils import augment, cli, data, device as devices, log
+from utils.augment import FLIP_P, GRAY_P, JITTER, JITTER_P, MEAN, RATIO, SCALE, SIZE, STD
 
-WHAT = ("end_to_end", "views")
-SIZES = {"cuda": [(64, 512)], "cpu": [(16, 512), (64, 32)]}  # width, batch
 CORES = os.cpu_count() or 1
-ROW = "{:>5} {:>5}  {:10} {:>24} {:>24} {:>6}"
+STEPS = {"end_to_end": {"cuda": 97, "cpu": 4}, "views": {"cuda": 97, "cpu": 16}}
+ROW = "{:10} {:>5} {:>5} {:>24} {:>24} {:>6}"
 
 
-def run(script, options, log=None):
-    """Run a script; returns the views_per_s in the last line of its log or of its output."""
-    done = subprocess.run([sys.executable, ROOT / script, *options], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
-    if done.returncode:  # the script has said why
-        sys.exit(done.returncode)
-    return json.loads((Path(log).read_text() if log else done.stdout).splitlines()[-1])["views_per_s"]
+class TwoViews:
+    """Two views of each image of uint8 [N, H, W, 3], with torchvision's transforms."""
+    transform = transforms.Compose([
+        transforms.RandomResizedCrop(SIZE, SCALE, RATIO), transforms.RandomHorizontalFlip(FLIP_P),
+        transforms.RandomApply([transforms.ColorJitter(*JITTER)], JITTER_P),
+        transforms.RandomGrayscale(GRAY_P), transforms.ToTensor(), transforms.Normalize(MEAN, STD),
+    ])
+
+    def __init__(self, images):
+        self.images = images
+
+    def __getitem__(self, i):
+        image = Image.fromarray(self.images[i])
+        return self.transform(image), self.transform(image)
 
 
-def run_main(args, width, batch, steps):
-    sizes = f"--width {width} --batch_size {batch} --train_size {steps * batch} --epochs 2"
-    with tempfile.TemporaryDirectory() as folder:
-        return run("main.py", [*args.main, *sizes.split(), "--exp_dir", folder], Path(folder, "run", "log.jsonl"))
+def time_plain(args, device, images, what):
+    """Views per second of the plain script, or of its loader. images: uint8 [N, 3, H, W]."""
+    torch.backends.cudnn.benchmark = True
+    model = SimSiam(resnet18(args.width)).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=5e-4)
+    training, cuda = what == "end_to_end", device.type == "cuda"
+    workers = max(1, CORES - 1) if training else CORES
+    views = TwoViews(images.permute(0, 2, 3, 1).cpu().contiguous().numpy())
+    sampler = RandomSampler(images, num_samples=2**40)  # endless: workers are busy until the clock stops
+    loader = DataLoader(views, args.batch_size, sampler=sampler, num_workers=workers, pin_memory=cuda)
+    steps = args.steps or STEPS[what][device.type]
+    first = 2 * workers  # the step that uses up what the queues held before the first one
+    for step, (x1, x2) in enumerate(loader):
+        if training:
+            x1, x2 = x1.to(device, non_blocking=True), x2.to(device, non_blocking=True)
+            loss = simsiam_loss(*model(x1, x2))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss.item()
+        if step == first:
+            start = time.perf_counter()
+        if step == first + steps:
+            return 2 * args.batch_size * steps / (time.perf_counter() - start)
 
 
-def run_plain(args, width, batch, steps, workers, *options):
-    sizes = f"--width {width} --batch_size {batch} --steps {steps} --workers {workers}"
-    return run("benchmarks/plain.py", [*args.plain, *sizes.split(), *options])
-
-
-def write_profile(args, device, width, batch):
-    """Profile an epoch of main.py, with its kNN, in this process. Returns its exit code."""
-    steps = args.steps or (24 if device.type == "cuda" else 6)
-    sizes = f"--width {width} --batch_size {batch} --train_size {steps * batch} --epochs 1"
-    pretrain, options = runpy.run_path(str(ROOT / "main.py"))["main"], [*args.main, *sizes.split(), "--exp_dir"]
-    with open(args.profile, "w", encoding="utf-8") as file, tempfile.TemporaryDirectory() as folder:
-        pretrain([*options, os.path.join(folder, "warm-up")])  # else compilation and tuning fill the profile
-        with torch.profiler.profile() as profiler:
-            code = pretrain([*options, os.path.join(folder, "profiled")])
-        file.write(profiler.key_averages().table(f"self_{device.type}_time_total", 40, max_name_column_width=80))
-    return code
-
-
-def take_turns(args, **functions):
-    """Call the functions in turns, args.rounds times each. Returns their results by name."""
-    results = [{name: function() for name, function in functions.items()}
-               for _ in tqdm(range(args.rounds), leave=False, disable=None)]
-    return {name: [result[name] for result in results] for name in functions}
-
-
-def measure_training(args, device, width, batch):
-    steps = args.steps or (4 if device.type == "cpu" else max(1, 50_000 // batch))
-    return take_turns(args, plain=lambda: run_plain(args, width, batch, steps, max(1, CORES - 1)),
-                      ours=lambda: run_main(args, width, batch, steps))
-
-
-def measure_views(args, device, batch):
-    """Ours as main.py makes them: all draws at once, then batch by batch."""
-    steps = args.steps or max(1, (8192 if device.type == "cpu" else 50_000) // batch)
-    images = torch.from_numpy(plain.load_images(args.data_root)).permute(0, 3, 1, 2).contiguous().to(device)
-    make_views = torch.compile(apply_two_views, dynamic=False) if args.compile else apply_two_views
-
-    def epoch():
-        start, generator = time.perf_counter(), epoch_generator(0, 0, device)
-        draws = [draw_views(steps * batch, generator) for _ in range(2)]
+def time_views(args, device, images, steps):
+    """Views per second as main.py makes them: all draws at once, then batch by batch."""
+    batch = args.batch_size
+    make = devices.compile_for(device, augment.make_views, args.compile, steps)
+    for _ in range(2):  # the first time is slower
+        start, generator = time.perf_counter(), augment.epoch_generator(0, 0, device)
+        draws = [augment.draw_views(steps * batch, generator) for _ in range(2)]
         for step, chosen in enumerate(torch.randint(len(images), (steps, batch), device=device)):
             rows = slice(step * batch, (step + 1) * batch)
-            x1, _ = make_views(images[chosen], *(view.rows(rows) for view in draws))
+            x1, _ = make(images[chosen], [view.rows(rows) for view in draws])
         x1[0].cpu()  # waits for the GPU
-        return 2 * batch * steps / (time.perf_counter() - start)
-
-    epoch()  # the first time is slower
-    return take_turns(args, plain=lambda: run_plain(args, 1, batch, steps, CORES, "--views_only"),
-                      ours=epoch)
+        seconds = time.perf_counter() - start
+    return 2 * batch * steps / seconds
 
 
-def add_row(path, table, what, width, batch, results):
-    """Print a row of the table and write them all to the file. width: None if it has no influence."""
-    better = median(results["ours"]) / median(results["plain"])
-    table["rows"].append(dict(what=what, width=width, batch=batch, unit="views/s", **results, better=better))
-    Path(path).write_text(json.dumps(table, indent=1))
-    cells = [f"{median(values):,.0f} ({min(values):,.0f}-{max(values):,.0f})" for values in results.values()]
-    print(ROW.format(width or "", batch, what, *cells, f"{better:.2f}"), flush=True)
+def run(script, *options):
+    """Run a script in a process of its own; returns its output."""
+    command = [sys.executable, os.path.join(ROOT, script), *map(str, options)]
+    done = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    if done.returncode:  # the script has said why
+        sys.exit(done.returncode)
+    return done.stdout
+
+
+def measure(args, device, images, what):
+    """The two in turns: a row of the table, with their views per second."""
+    steps = args.steps or STEPS[what][device.type]
+    sizes = ["--data_root", args.data_root, "--width", args.width, "--batch_size", args.batch_size]
+    plain = ["benchmarks/speed.py", "--plain", device, "--what", what, "--steps", steps]
+    ours = ["main.py", "--dataset", args.dataset, "--train_size", steps * args.batch_size,
+            "--precision", args.precision, "--compile" if args.compile else "--no-compile"]
+    ours += [] if args.gpu is None else ["--gpu", args.gpu]
+    ours += "--epochs 2 --test_size 10 --eval_freq 100 --quiet --trial run --exp_dir".split()
+    row = {"what": what, "width": args.width, "batch": args.batch_size, "plain": [], "ours": []}
+    for _ in cli.bar(range(args.rounds), leave=False):
+        row["plain"].append(float(run(*plain, *sizes)))
+        if what == "views":
+            row["ours"].append(time_views(args, device, images, steps))
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            run(*ours, folder, *sizes)
+            row["ours"].append(log.read(os.path.join(folder, "run"))[-1]["views_per_s"])
+    return row | {"better": median(row["ours"]) / median(row["plain"])}
 
 
 def main(argv=None):
-    parser = Parser(prog="benchmarks/speed.py", description=__doc__)
-    parser.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT), help="what to measure")
-    parser.add_argument("--width", nargs="+", type=whole_number(1), metavar="N", help="channels of the first stage")
-    parser.add_argument("--batch", nargs="+", type=whole_number(2), metavar="N", help="images per step")
-    parser.add_argument("--steps", type=whole_number(1), metavar="N", help="steps per measurement (default: by device)")
-    parser.add_argument("--rounds", type=whole_number(1), default=3, metavar="N", help="measurements per figure")
-    parser.add_argument("--json", type=file_path, metavar="FILE", default=os.devnull, help="write all measurements")
-    parser.add_argument("--profile", type=file_path, metavar="FILE", help="only write a profile of a short epoch")
-    parser.add_argument("--data_root", type=file_path, default="data", metavar="DIR", help="of CIFAR-10; else shapes")
-    add_device_options(parser, compiled=True)
+    parser = cli.Parser(prog="benchmarks/speed.py", description=__doc__)
+    add, whole = parser.add_argument, cli.whole_number
+    add("--what", choices=STEPS, help="measure only this (default: both)")
+    add("--width", type=whole(1), help="channels of the first stage (GPU: 64, CPU: 16)")
+    add("--batch_size", type=whole(2), default=512, help="images per step")
+    add("--steps", type=whole(1), help="steps per measurement (default: by device)")
+    add("--rounds", type=whole(1), default=3, help="measurements per figure")
+    add("--json", type=cli.file_path, default=os.devnull, metavar="FILE", help="write all measurements")
+    add("--data_root", type=cli.file_path, default="data", metavar="DIR", help="of CIFAR-10; else shapes")
+    add("--plain", metavar="DEVICE", help="only time the plain script, on cpu or cuda:N")
+    add("--compile", action=argparse.BooleanOptionalAction, help="default: on with CUDA only")
+    cli.add_device_options(parser)
     args = parser.parse_args(argv)
+    args.dataset = "cifar10" if os.path.isdir(f"{args.data_root}/cifar-10-batches-py") else "shapes"
     with parser.user_errors():
-        device = select_device(args.gpu)
-        precision, sizes = select_precision(args.precision, device), SIZES[device.type]
+        device = torch.device(args.plain) if args.plain else devices.select_device(args.gpu)
+        args.width = args.width or (64 if device.type == "cuda" else 16)
+        images = data.load_dataset(args.dataset, args.data_root, device).train_images
+        if args.plain:
+            print(time_plain(args, device, images, args.what or "end_to_end"))
+            return
+        args.precision = devices.select_precision(args.precision, device)
         args.compile = device.type == "cuda" if args.compile is None else args.compile
-        has_cifar = os.path.isdir(os.path.join(args.data_root, "cifar-10-batches-py"))
-        args.plain = ["--data_root", args.data_root, *([] if args.gpu is None else ["--gpu", str(args.gpu)])]
-        args.main = [*args.plain, "--dataset", "cifar10" if has_cifar else "shapes", "--precision", precision,
-                     "--compile" if args.compile else "--no-compile",
-                     *"--test_size 10 --eval_freq 100 --save_freq 100 --trial run --quiet".split()]
-        if args.width or args.batch:
-            sizes = [(width, batch) for width in args.width or sizes[0][:1] for batch in args.batch or sizes[0][1:]]
-        if args.profile:
-            return write_profile(args, device, *sizes[0])
-        Path(args.json).write_text("")  # fails now if it cannot be written
-        table = {"machine": f"{describe(device)}, {CORES} cores, torch {torch.__version__}, torchvision "
-                            f"{torchvision.__version__}, ours in {precision}", "rows": []}
-        print(table["machine"], ROW.format("width", "batch", "views/s", "plain", "ours", "better"), sep="\n")
-        for size in sizes if "end_to_end" in args.what else ():
-            add_row(args.json, table, "end_to_end", *size, measure_training(args, device, *size))
-        for batch in dict.fromkeys(batch for _, batch in sizes) if "views" in args.what else ():
-            add_row(args.json, table, "views", None, batch, measure_views(args, device, batch))
-    return 0
+        machine = (f"{devices.describe(device)}, {CORES} cores, torch {torch.__version__}, "
+                   f"torchvision {torchvision.__version__}, ours in {args.precision}")
+        file, rows = open(args.json, "w", encoding="utf-8"), []
+        print(machine, ROW.format("views/s", "width", "batch", "plain", "ours", "better"), sep="\n")
+        for what in [args.what] if args.what else STEPS:
+            rows.append(measure(args, device, images, what))
+            *row, plain, ours, better = rows[-1].values()
+            cells = [f"{median(each):,.0f} ({min(each):,.0f}-{max(each):,.0f})" for each in (plain, ours)]
+            print(ROW.format(*row, *cells, f"{better:.2f}"), flush=True)
+        with file:
+            json.dump({"machine": machine, "unit": "views/s", "rows": rows}, file, indent=1)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

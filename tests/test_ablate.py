@@ -1,12 +1,12 @@
 """ablate.py: its table from logs with known figures, and small studies as they are typed."""
-import functools
+import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +15,8 @@ import main as pretraining
 from conftest import REPO, SMALL
 from utils import checkpoint, log
 
+CPU_ONLY = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+
 
 def write_run(folder, trial, knn, std=0.9, epochs=2, **settings):
     """A run whose kNN rises to `knn` in its two epochs, or that ends before."""
@@ -22,7 +24,8 @@ def write_run(folder, trial, knn, std=0.9, epochs=2, **settings):
     path.mkdir()
     settings = {"epochs": 2, "batch_size": 64, "head_bn": "default"} | settings
     checkpoint.write_json(path / "config.json", {"settings": vars(pretraining.make_parser().parse_args([])) | settings})
-    log.append(path, [{"epoch": i, "loss": -i / 4, "std": std, "knn200": knn - 2 + i} for i in range(1, epochs + 1)])
+    records = [{"epoch": i, "loss": -i / 4, "std": std, "knn200": knn - 2 + i} for i in range(1, epochs + 1)]
+    (path / "log.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
 
 
 def test_the_table_in_closed_form(tmp_path, capsys):
@@ -51,81 +54,53 @@ def test_the_table_in_closed_form(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["batch_norm.png", "predictor.png"]
 
 
-def test_the_rate_is_proportional_to_the_batch_and_a_warm_up_takes_a_tenth():
-    args = ablate.make_parser().parse_args("batch_size --epochs 40 --batch_size 64 --learning_rate 0.03".split())
-    options = ablate.complete(ablate.STUDIES["batch_size"]["batch-1024"][0], args)
-    run = pretraining.make_parser().parse_args(options)
-    assert (run.epochs, run.batch_size, run.learning_rate, run.warmup_epochs) == (40, 1024, 0.48, 4)
+@pytest.fixture
+def calls(monkeypatch):
+    """main.main with a stand-in: calls.first is what its first call returns or raises, calls.args what it gets."""
+    made = SimpleNamespace(first=0, args=[])
+
+    def stand_in(words):
+        made.args.append(pretraining.make_parser().parse_args(words))
+        if isinstance(made.first, BaseException) and len(made.args) == 1:
+            raise made.first
+        return made.first if len(made.args) == 1 else 0
+
+    monkeypatch.setattr(pretraining, "main", stand_in)
+    return made
 
 
-@pytest.mark.parametrize("args, words", [
-    ("predicter", "did you mean predictor?"), ("predictor no-predicter", "did you mean no-predictor?")])
-def test_what_cannot_be_run_is_refused(refused, args, words):
-    refused(ablate.main, args.split(), words)
+def test_the_rate_is_proportional_to_the_batch_and_a_warm_up_takes_a_tenth(tmp_path, calls):
+    write_run(tmp_path, "batch-1024-seed0", 30.0, epochs=40)
+    options = f"batch-1024 --epochs 40 --batch_size 64 --learning_rate 0.03 --width 8 --exp_dir {tmp_path}"
+    assert ablate.main(options.split()) == 0
+    run, = calls.args
+    assert (run.epochs, run.batch_size, run.learning_rate, run.warmup_epochs, run.width) == (40, 1024, 0.48, 4, 8)
+
+
+@pytest.mark.parametrize("first, epochs, code, runs", [
+    (0, 2, 0, 4), (1, 2, 1, 4), (RuntimeError("bug"), 2, 1, 4), (143, 2, 143, 1), (KeyboardInterrupt(), 2, 130, 1),
+    (SystemExit(2), 2, 2, 1), (0, 1, 0, 1)])  # the last one: by --max_minutes
+def test_the_exit_code_and_whether_the_study_goes_on(tmp_path, calls, capsys, first, epochs, code, runs):
+    trials = ["default-seed0", "cross-entropy-seed0", "default-seed1", "cross-entropy-seed1"]
+    for trial in trials:
+        write_run(tmp_path, trial, 30.0, epochs=epochs)
+    calls.first = first
+    command = ["similarity", "--seeds", "2", "--epochs", "2", "--exp_dir", str(tmp_path)]
+    if isinstance(first, SystemExit):
+        with pytest.raises(SystemExit, match="2"):
+            ablate.main(command)
+    else:
+        assert ablate.main(command) == code
+    assert [run.trial for run in calls.args] == trials[:runs]
+    output, error = capsys.readouterr()
+    assert (f"Resume with: python ablate.py {' '.join(command)}\n" in output) == (code > 2)
+    assert ("RuntimeError: bug" in error) == isinstance(first, RuntimeError)
 
 
 def start(folder, *args):
     command = [sys.executable, "-u", "ablate.py", "stop_gradient", "--exp_dir", str(folder), *SMALL, *args]
     return subprocess.Popen(command, cwd=REPO, text=True, start_new_session=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
-
-
-def test_a_refusal_of_main_ends_the_study(tmp_path):
-    process = start(tmp_path / "runs", "--widht", "8")
-    error = process.communicate()[1]
-    assert process.returncode == 2 and error.count("\n") == 1 and "did you mean --width?" in error, error
-
-
-STAND_IN = """
-import sys, time
-words, began = sys.argv[1:], open("began", "a+")
-began.write(" ".join(words[words.index(name) + 1] for name in ("--trial", "--gpu")) + "\\n")
-began.flush()
-while began.seek(0) or len(began.readlines()) < WAIT:
-    time.sleep(0.02)
-"""
-
-
-@pytest.fixture
-def on_two_gpus(tmp_path, monkeypatch):
-    """Finished runs, and a start_main that waits in each until there are so many."""
-    def start_main(wait, options):
-        return subprocess.Popen([sys.executable, "-c", STAND_IN.replace("WAIT", str(wait)), *options])
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ablate.torch.cuda, "device_count", lambda: 2)
-    for name in ("default", "cross-entropy"):
-        for seed in range(2):
-            write_run(tmp_path, f"{name}-seed{seed}", 30.0)
-    return lambda wait: monkeypatch.setattr(ablate, "start_main", functools.partial(start_main, wait))
-
-
-def test_variants_run_side_by_side_one_on_each_gpu(on_two_gpus):
-    on_two_gpus(wait=2)
-    assert ablate.main("similarity --seeds 2 --exp_dir .".split()) == 0
-    began = [line.split() for line in open("began")]
-    assert sorted(began[:2]) == [["cross-entropy-seed0", "1"], ["default-seed0", "0"]]
-    assert sorted(trial for trial, _ in began[2:]) == ["cross-entropy-seed1", "default-seed1"]
-    assert sorted(gpu for _, gpu in began[2:]) == ["0", "1"]
-
-
-def test_with_a_gpu_of_their_own_choice_they_run_one_after_the_other(on_two_gpus):
-    on_two_gpus(wait=1)
-    assert ablate.main("similarity --gpu 1 --exp_dir .".split()) == 0
-    assert [line.split() for line in open("began")] == [["default-seed0", "1"], ["cross-entropy-seed0", "1"]]
-
-
-def test_a_signal_reaches_the_runs_on_all_gpus_and_no_other_starts(on_two_gpus, capsys):
-    on_two_gpus(wait=9)
-    def interrupt():
-        while not os.path.exists("began") or len(open("began").readlines()) < 2:
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=interrupt).start()
-    assert ablate.main("similarity --seeds 2 --exp_dir .".split()) == 128 + signal.SIGTERM
-    assert len(open("began").readlines()) == 2
-    assert "Resume with: python ablate.py similarity --seeds 2 --exp_dir ." in capsys.readouterr().out
+                            stderr=subprocess.PIPE, env=CPU_ONLY)
 
 
 @pytest.mark.slow
@@ -141,8 +116,10 @@ def test_a_study_runs_once_and_its_table_is_of_its_logs(tmp_path):
     default, without = (log.read(tmp_path / f"{name}-seed0")[-1] for name in ("default", "no-stop-gradient"))
     numbers = f"{without['knn200']:.2f} | {without['knn200'] - default['knn200']:.2f} | {without['std']:.3f}"
     assert f"| no-stop-gradient | 0.1 | {numbers} | {without['loss']:.3f} | 1 |\n" in output
-    settings = checkpoint.read_json(tmp_path / "no-stop-gradient-seed0" / "config.json")["settings"]
-    assert settings["stop_gradient"] is False and settings["seed"] == 0 and settings["epochs"] == 2
+    options = [*SMALL, *"--no-stop_gradient --epochs 2 --trial alone --exp_dir".split(), str(tmp_path)]
+    subprocess.run([sys.executable, "main.py", *options], cwd=REPO, check=True, env=CPU_ONLY, capture_output=True)
+    first, second = (checkpoint.load(tmp_path / name / "backbone.pt") for name in ("alone", "no-stop-gradient-seed0"))
+    assert checkpoint.digest(first) == checkpoint.digest(second)  # a study's second run is as good as one alone
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ def check_python(name, args, monkeypatch):
         pretraining.make_parser().parse_args(rest)
     else:  # their parsers are in main, which goes on to the function that is replaced
         module, owner, function = {"utils.plot": (plot, log, "table"), "benchmarks/speed.py": (
-            speed, speed, "select_device")}[name]
+            speed, speed.devices, "select_device")}[name]
         monkeypatch.setattr(owner, function, lambda *args: sys.exit(77))
         with pytest.raises(SystemExit) as stop:
             module.main(args)
@@ -62,7 +62,7 @@ def test_documented_commands_are_accepted_by_the_real_parsers(monkeypatch):
             assert args[0] in targets, args
         elif program == "bash":
             assert (REPO / args[0]).exists(), args
-            options = re.findall(r"^    (--\w+)\)", (REPO / "reproduce.sh").read_text(), re.MULTILINE)
+            options = re.findall(r"^# (--\w+) ", (REPO / "reproduce.sh").read_text(), re.MULTILINE)
             assert {arg for arg in args if arg.startswith("--")} <= {*options, "--help"}, args
         elif program == "python":
             name, *args = args[1:] if args[0] == "-m" else args

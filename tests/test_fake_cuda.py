@@ -15,7 +15,7 @@ from utils.augment import Draws, draw_views
 from utils.knn import extract_features, knn_predict
 
 CUDA = torch.device("cuda", 0)
-OPTIONS = {tuple(options): name for variants in ablate.STUDIES.values() for name, (options, _) in variants.items()
+OPTIONS = {tuple(options.replace("WARMUP", "1").split()): name for name, options in ablate.VARIANTS.items()
            if "--batch_size" not in options}
 VARIANTS = pytest.mark.parametrize("options", OPTIONS, ids=OPTIONS.values())
 pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a torch that is built with CUDA")
@@ -31,7 +31,7 @@ def autocast_available(monkeypatch):
 
 def settings(options):
     words = ["--precision", "bf16", "--dim", "16", "--pred_dim", "8", "--width", "4", "--batch_size", "8"]
-    args = pretraining.make_parser().parse_args([*words, *("1" if word == ablate.WARMUP else word for word in options)])
+    args = pretraining.make_parser().parse_args([*words, *options])
     args.steps, args.bn_batch = 1, args.batch_size
     return args
 

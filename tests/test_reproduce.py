@@ -23,9 +23,9 @@ def reproduce(tmp_path):
     for name in ("simsiam", "utils"):
         shutil.copytree(REPO / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
 
-    def run(*args, python=sys.executable, start=subprocess.run):
+    def run(*args, python=sys.executable, start=subprocess.run, visible=""):
         return start(["bash", tmp_path / "reproduce.sh", *args], cwd=tmp_path.parent, text=True, stdout=subprocess.PIPE,
-                     stderr=subprocess.PIPE, env={**os.environ, "PYTHON": python, "CUDA_VISIBLE_DEVICES": ""})
+                     stderr=subprocess.PIPE, env={**os.environ, "PYTHON": python, "CUDA_VISIBLE_DEVICES": visible})
 
     return run
 
@@ -40,7 +40,7 @@ def test_the_same_command_leads_from_the_data_to_the_released_weights(reproduce,
                "--data_root", cifar_root, "--pretrain", pretrain, "--linear", linear]
     done = reproduce(*command, "--max_minutes", "0")
     assert done.returncode == 0 and done.stdout.endswith("Stopped after 0 minutes. The same command continues.\n")
-    assert not (runs / "seed0-linear").exists() and not (runs / "seed0" / "log.jsonl").read_text()
+    assert not (runs / "seed0-linear").exists() and (runs / "seed0" / "checkpoint.pt").exists()
 
     done = reproduce(*command)
     assert done.returncode == 0, done.stderr
@@ -64,11 +64,9 @@ def test_the_same_command_leads_from_the_data_to_the_released_weights(reproduce,
 
 
 @pytest.mark.parametrize("args, words", [
-    ("--seed 3", "unrecognized argument --seed;"), ("--seeds", "--seeds requires a value"),
-    ("--name small --gpu", "--gpu requires a value"), ("--seeds 0", "--seeds"), ("--seeds two", "--seeds"),
-    ("--max_minutes soon", "--max_minutes"), ("--max_minutes 0.5", "--max_minutes"), ("--name a/b", "--name"),
-    ("--gpu 0,", "--gpu"),
-])
+    ("--seed 3", "unrecognized argument --seed;"), ("--name small --gpu", "--gpu requires a value"),
+    ("--seeds 0", "--seeds"), ("--seeds=two", "--seeds"), ("--max_minutes 0.5", "--max_minutes"),
+    ("--name a/b", "--name"), ("--gpu 0,1", "--gpu"), ("--entry resnet", "--entry")])
 def test_wrong_options_are_one_line(reproduce, tmp_path, args, words):
     done = reproduce(*args.split(), python="/no/python")
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1 and words in done.stderr
@@ -76,56 +74,47 @@ def test_wrong_options_are_one_line(reproduce, tmp_path, args, words):
 
 
 STAND_IN = r"""#!/bin/bash
-# In place of Python: two GPUs; the training of a seed waits for another one on the other GPU.
-case "$*" in
--c*) echo 0,1 ;;
-main.py*)
-    trap 'echo saved >> {folder}/saved; exit 143' TERM
-    [[ "$*" =~ --gpu\ (.)\ .*--seed\ (.)\ .*--quiet ]] && gpu=${{BASH_REMATCH[1]}} seed=${{BASH_REMATCH[2]}}
-    echo "$seed $gpu" >> {folder}/began
-    run=experiments/paper/seed$seed
-    mkdir -p "$run" && touch "$run"/{{config.json,log.jsonl}}
-    while [ {wait} -gt "$(wc -l < {folder}/began)" ]; do sleep 0.02; done ;;
-main_lincls.py*)
-    [[ "$*" =~ --gpu\ .\ .*trial\ (seed.-linear) ]] && run=experiments/paper/${{BASH_REMATCH[1]}}
-    mkdir -p "$run" && touch "$run"/{{config.json,log.jsonl,results.json}} ;;
-esac
+# In place of Python: logs how it is called; main.py waits for a signal if it is to, and exits with a code.
+echo "$CUDA_VISIBLE_DEVICES: $* " >> {folder}/began
+[[ "$*" =~ --trial\ (seed[^ ]*) ]] && run=experiments/paper/${{BASH_REMATCH[1]}} && mkdir -p "$run"
+if [ "$1 {wait}" = "main.py yes" ]; then
+    trap 'echo saved >> {folder}/saved; exit {code}' TERM INT
+    touch {folder}/waiting
+    while true; do sleep 0.02; done
+fi
+[ "$1" = export.py ] || [ "$1" = -m ] || touch "$run"/{{config.json,log.jsonl,results.json}}
 """
 
 
-def test_seeds_train_side_by_side_one_on_each_gpu(reproduce, tmp_path):
-    (tmp_path / "python").write_text(STAND_IN.format(folder=tmp_path, wait=2))
-    (tmp_path / "python").chmod(0o755)
-    done = reproduce("--seeds", "3", python=str(tmp_path / "python"))
+@pytest.fixture
+def stand_in(tmp_path):
+    def write(wait="no", code=0):
+        (tmp_path / "python").write_text(STAND_IN.format(folder=tmp_path, wait=wait, code=code))
+        (tmp_path / "python").chmod(0o755)
+        return str(tmp_path / "python")
+    return write
+
+
+@pytest.mark.parametrize("gpu, option, visible", [("none", "", ""), ("1", " --gpu 1 ", "7")])
+def test_the_seeds_run_one_after_another(reproduce, stand_in, tmp_path, gpu, option, visible):
+    done = reproduce("--seeds", "2", "--gpu", gpu, python=stand_in(), visible="7")
     assert done.returncode == 0 and not done.stderr, done.stderr
     began = (tmp_path / "began").read_text().splitlines()
-    assert sorted(began[:2]) == ["0 0", "1 1"] and began[2:] == ["2 0"]
-    logs = [f"paper-seed{seed}{end}" for seed in range(3) for end in ("", "-linear")]
-    assert sorted(os.listdir(tmp_path / "logs")) == sorted(logs)
+    assert [line.split()[1] for line in began] == 2 * ["main.py", "main_lincls.py"] + 2 * ["export.py"] + 2 * ["-m"]
+    assert all(line.startswith(f"{visible}: ") and option in line for line in began[:6])
+    logs = [f"paper-seed{seed}{end}" for seed in range(2) for end in ("", "-linear")]
+    assert sorted(os.listdir(tmp_path / "logs")) == logs
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_reaches_the_commands_on_all_gpus(reproduce, tmp_path, number):
-    (tmp_path / "python").write_text(STAND_IN.format(folder=tmp_path, wait=9).replace("TERM", "TERM INT"))
-    (tmp_path / "python").chmod(0o755)
-    process = reproduce("--seeds", "3", "--gpu", "1,0", python=str(tmp_path / "python"), start=subprocess.Popen)
-    while not (tmp_path / "began").exists() or len((tmp_path / "began").read_text().splitlines()) < 2:
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_reaches_the_command_and_ends_the_script(reproduce, stand_in, tmp_path, number, code):
+    """Also if the command has just finished, with code 0."""
+    process = reproduce(python=stand_in("yes", code), start=subprocess.Popen)
+    while not (tmp_path / "waiting").exists():
         time.sleep(0.02)
     process.send_signal(number)
-    assert process.wait(30) == 128 + number and (tmp_path / "saved").read_text() == "saved\nsaved\n"
-    assert sorted((tmp_path / "began").read_text().splitlines()) == ["0 1", "1 0"]
-
-
-def test_a_signal_while_the_first_seed_starts_keeps_the_others_from_starting(reproduce, tmp_path):
-    stand_in = STAND_IN.format(folder=tmp_path, wait=9).replace("config.json,", "", 1)
-    (tmp_path / "python").write_text(stand_in)
-    (tmp_path / "python").chmod(0o755)
-    process = reproduce("--seeds", "3", python=str(tmp_path / "python"), start=subprocess.Popen)
-    while not (tmp_path / "began").exists():
-        time.sleep(0.02)
-    process.terminate()
-    assert process.wait(30) == 128 + signal.SIGTERM
-    assert (tmp_path / "began").read_text() == "0 0\n" and (tmp_path / "saved").read_text() == "saved\n"
+    assert process.wait(30) == 128 + number and (tmp_path / "saved").read_text() == "saved\n"
+    assert len((tmp_path / "began").read_text().splitlines()) == 1
 
 
 def test_a_command_that_fails_ends_it(reproduce, tmp_path):
@@ -134,6 +123,5 @@ def test_a_command_that_fails_ends_it(reproduce, tmp_path):
 
 
 def test_the_help_lists_every_option(reproduce):
-    options = re.findall(r"^    (--\w+)\)", (REPO / "reproduce.sh").read_text(), re.MULTILINE)
-    text = reproduce("--help").stdout
-    assert len(options) == 9 and all(f"{option} " in text for option in options)
+    listed = re.findall(r"^(--\w+) ", reproduce("--help").stdout, re.MULTILINE)
+    assert len(listed) == 9 and f"    {' | '.join(listed)}) ;;\n" in (REPO / "reproduce.sh").read_text()

@@ -143,7 +143,7 @@ def restore(state, settings, device, parts):
     try:
         position = Position(*(state[field.name] for field in dataclasses.fields(Position)))
         for name, part in parts.items():
-            if state[name]:  # that of a loss scaler is empty unless the precision is fp16
+            if name != "scaler" or state[name]:  # empty unless the precision is fp16
                 part.load_state_dict(state[name])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:
         reason = " ".join(str(error).split())[:200]
