@@ -55,11 +55,11 @@ def make_parser():
     add("--warmup_epochs", type=count(0), default=0, help="of linear warm-up")
     add = cli.add_device_options(parser).add_argument
     add("--compile", action=switch, help="default: long runs on CUDA")
-    add("--deterministic", action="store_true", help="bit-identical on CUDA, slower")
+    add("--deterministic", action="store_true", help="bit-identical on CUDA")
     add("--sync_bn", action=switch, default=True, help="batch norm over all GPUs")
     add = cli.add_run_options(parser).add_argument
-    add("--eval_freq", type=count(1), default=10, help="epochs between kNN monitors")
-    add("--untrained", action="store_true", help="evaluate the initial weights too")
+    add("--eval_freq", type=count(1), default=10, help="epochs between kNN")
+    add("--untrained", action="store_true", help="evaluate the initial weights")
     return parser
 
 
@@ -84,7 +84,7 @@ def set_up(parser, args, argv, begin):
     setup = prepare(args)
     _, device, data, model, optimizer, scaler = setup
     order, draws = draw_epoch(args, 0, data.train_images, device)
-    distributed.require_same("other images or order", [args.data_digest, order.tolist()])
+    distributed.require_same("other images", [args.data_digest, order.tolist()])
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     run, position = runs.open_run(found, ["main.py", *argv], vars(args), device, parts, begin)
     if run:
@@ -124,8 +124,8 @@ def build(args, device):
         simsiam.ARCHS[args.arch](args.width), args.dim, args.pred_dim, args.num_proj_layers,
         args.head_bn, args.predictor, args.stop_gradient,
     ).to(device, memory_format=devices.memory_layout(device, args.width, args.batch_size))
-    if args.bn_batch == args.batch_size:
-        model = distributed.synchronize_batch_norm(model)
+    if distributed.processes > 1 and args.bn_batch == args.batch_size:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     groups = [[*model.parameters()]]
     if args.fix_pred_lr:
         trunk = [*model.backbone.parameters(), *model.projector.parameters()]
@@ -172,7 +172,7 @@ def make_forward(args, model, device):
             stds.append(simsiam.feature_std(z1).detach())
         return sum(losses) / len(losses), sum(stds) / len(stds)
 
-    whole = distributed.processes == 1 or args.bn_batch < args.batch_size  # SyncBN breaks the graph
+    whole = distributed.processes == 1 or args.bn_batch < args.batch_size  # SyncBN breaks it
     if whole or args.compile is not None:
         forward = devices.compile_for(device, forward, args.compile, args.epochs * args.steps)
     return distributed.average_gradients(model, forward)

@@ -6,9 +6,8 @@
 
 CHECKPOINT: backbone.pt or checkpoint.pt of main.py, or a checkpoint of other SimSiam code for CIFAR.
 The first command is MoCo's protocol: SGD at a rate of 30 on random crops and flips; the result is
-the last epoch's top-1 accuracy on all test images. --features cached computes the features once,
-without augmentation, and fits the L2-regularized softmax regression with L-BFGS until it converges:
-no learning rate to choose, and half a minute on two CPU cores at width 16.
+the last epoch's top-1 accuracy on all test images. --features cached fits the L2-regularized softmax
+regression with L-BFGS to features without augmentation: no rate to choose, seconds at width 16.
 """
 import argparse
 import math
@@ -18,13 +17,12 @@ import sys
 import time
 from typing import NamedTuple
 
-import utils  # noqa: F401 (before torch)
-import torch
+from utils import augment, checkpoint, cli, device as devices, knn, report, run as runs
+from utils.data import DATASETS, Dataset, balanced_subset, load_dataset, options_in
+import torch  # after utils, which sets OpenMP up
 import torch.nn.functional as F
 
 import simsiam
-from utils import augment, checkpoint, cli, device as devices, knn, report, run as runs
-from utils.data import DATASETS, Dataset, balanced_subset, load_dataset, options_in
 
 LR_PER_256 = 30.0           # learning rate for a batch of 256; it scales linearly
 MILESTONES = (0.6, 0.8)     # shares of the epochs after which it is divided by 10
@@ -81,7 +79,7 @@ def set_up(parser, args, argv, begin):
 
 
 def prepare(args):
-    """Complete and check the settings; make what they say."""
+    """Complete and check the settings, and make what they say."""
     if args.pretrained is None:
         raise ValueError("--pretrained CHECKPOINT is required: the backbone to evaluate")
     device = devices.select_device(args.gpu)
@@ -104,8 +102,8 @@ def prepare(args):
         raise ValueError("--weight_decay 0: without a penalty L-BFGS does not converge")
     if args.fraction < 1:
         rows = balanced_subset(data.train_labels, args.fraction, args.seed)
-        data = data._replace(train_images=data.train_images[rows.to(data.train_images.device)],
-                             train_labels=data.train_labels[rows.to(device)])
+        images = data.train_images[rows.to(data.train_images.device)]
+        data = data._replace(train_images=images, train_labels=data.train_labels[rows.to(device)])
     classifier = make_classifier(args, backbone.feature_dim).to(device)
     optimizer = devices.sgd([[*classifier.parameters()]], args.lr, args.momentum, args.weight_decay)
     backbone = backbone.requires_grad_(False).to(device, memory_format=torch.channels_last)
@@ -173,14 +171,13 @@ def train_sgd(setup, run, position, test_features, stop):
                 sums += torch.stack((loss.detach() * len(labels), correct))
                 progress.advance(epoch + min(step * batch / size, 1))
             loss, correct = (sums / size).tolist()
-            record = {"epoch": epoch + 1, "train_loss": loss, "train_top1": 100 * correct,
-                      **test(classifier, test_features, data.test_labels),
-                      "lr": optimizer.param_groups[0]["lr"],
-                      "seconds": round(time.perf_counter() - start, 3)}
-            run.log(record)
+            tested = test(classifier, test_features, data.test_labels)
+            run.log({"epoch": epoch + 1, "train_loss": loss, "train_top1": 100 * correct, **tested,
+                     "lr": optimizer.param_groups[0]["lr"],
+                     "seconds": round(time.perf_counter() - start, 3)})
             if not math.isfinite(loss):
                 return
-            summary = f"loss {loss:.3f}, test top-1 {record['test_top1']:.2f} %"
+            summary = f"loss {loss:.3f}, test top-1 {tested['test_top1']:.2f} %"
             progress.advance(epoch + 1, summary, keep=epoch + 1 == args.epochs)
             run.save(runs.Position(epoch + 1))
 
@@ -188,13 +185,12 @@ def train_sgd(setup, run, position, test_features, stop):
 def fit_lbfgs(classifier, features, labels, weight_decay, check=lambda: None):
     """--features cached: minimize cross-entropy + weight_decay / 2 * |W|^2 with L-BFGS in float64
     until no entry of the gradient exceeds 1e-6; W are weights and biases on standardized features.
-    Returns the cross-entropy and the iterations, in steps of 20. check: called before each step; may
-    raise to end the work."""
+    Returns the cross-entropy and the iterations, in steps of 20; check is called before each step."""
     features = features.double()
     mean, std = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
     features = (features - mean) / std
-    weight = torch.zeros_like(classifier.weight, dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros_like(classifier.bias, dtype=torch.float64, requires_grad=True)
+    weight, bias = (torch.zeros_like(each, dtype=torch.float64, requires_grad=True)
+                    for each in (classifier.weight, classifier.bias))
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=20, history_size=20, tolerance_grad=0,
                                   tolerance_change=0, line_search_fn="strong_wolfe")
 
@@ -255,27 +251,27 @@ def evaluate(setup, run, position, stop):
         return cli.fail("main_lincls.py", "the loss or the weights are not finite; lower --lr")
     for name, value in backbone.state_dict().items():
         assert torch.equal(value, frozen[name]), f"the frozen backbone changed: {name}"
-    return finish(setup, run, test_features, stop)
+    finish(setup, run, test_features)
+    return run.exit_code("main_lincls.py", stop, finished=True)
 
 
-def finish(setup, run, test_features, stop):
-    """Print the result; write results.json, the classifier and the plots. Returns the exit code."""
+def finish(setup, run, test_features):
+    """Print the result; write results.json, the classifier and the plots."""
     args, data, classifier = setup.args, setup.data, setup.classifier
-    tested = test(classifier, test_features, data.test_labels)
-    results, how = {"images": len(data.test_images), **tested}, ""
-    split = "test" if args.validation is None else "validation"
+    results = {"images": len(data.test_images), **test(classifier, test_features, data.test_labels)}
+    how, split = "", "test" if args.validation is None else "validation"
     if args.evaluate is None:
         results |= run.records[-1]
         how = "L-BFGS, " if args.features == "cached" else f"epoch {args.epochs}, "
         with run.attempt():
             weights = {name: value.cpu() for name, value in classifier.state_dict().items()}
             checkpoint.save(run.path("classifier.pt"), weights)
-    cli.say(f"linear top-1: {tested['test_top1']:.2f} % ({how}{len(data.test_images):,} {split} images)")
+    cli.say(f"linear top-1: {results['test_top1']:.2f} % ({how}{results['images']:,} {split} images)")
     if args.evaluate is None and args.features == "augmented":
         best = max(run.records, key=lambda record: record["test_top1"])
+        results |= {"best_epoch": best["epoch"], "best_top1": best["test_top1"]}
         cli.say(f"best epoch ({best['epoch']}): {best['test_top1']:.2f} %, selected on the {split} "
                 "set: not the result")
-        results |= {"best_epoch": best["epoch"], "best_top1": best["test_top1"]}
     with torch.no_grad():
         predicted = classifier(test_features).argmax(dim=1)
     confusion = knn.confusion_matrix(predicted, data.test_labels, args.num_cls)
@@ -290,7 +286,6 @@ def finish(setup, run, test_features, stop):
             checkpoint.write_json(run.path(runs.RESULTS), results)  # now the evaluation is finished
     with run.optional("plots"):
         report.draw_run(run.folder)
-    return run.exit_code("main_lincls.py", stop, finished=True)
 
 
 def main(argv=None):

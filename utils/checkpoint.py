@@ -15,16 +15,16 @@ with contextlib.suppress(ImportError):
     import fcntl
 
 
-def save(path, state, keep_previous=False):
-    """Write `state` (tensors, plain numbers, strings, lists, dicts) with torch.save, as `write`."""
-    write(path, to_bytes(state), keep_previous)
-
-
 def to_bytes(state):
     """What torch.save writes. In memory first: its own writer does not say why writing failed."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getbuffer()
+
+
+def save(path, state, keep_previous=False):
+    """Write `state` (tensors, plain numbers, strings, lists, dicts) with torch.save, as `writing`."""
+    write(path, to_bytes(state), keep_previous)
 
 
 def write(path, content, keep_previous=False):
@@ -88,8 +88,7 @@ def digest(tensors):
     found = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
-        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        found.update(value.numpy().tobytes())
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode() + value.numpy().tobytes())
     return found.hexdigest()
 
 

@@ -56,15 +56,14 @@ class Parser(argparse.ArgumentParser):
 
     @contextlib.contextmanager
     def user_errors(self):
-        """Report errors inside the block, whose cause is the user's input, as the one line."""
+        """Report errors inside the context, whose cause is the user's input, as the one line."""
         try:
             yield
         except USER_ERRORS as error:
             if another_died(error):
                 raise
-            if isinstance(error, OSError) and error.filename is not None:
-                self.error(f"{error.filename!r}: {error.strerror}")
-            self.error(str(error))
+            named = isinstance(error, OSError) and error.filename is not None
+            self.error(f"{error.filename!r}: {error.strerror}" if named else str(error))
 
 
 def another_died(error):
@@ -103,10 +102,11 @@ whole_number = functools.partial(number, int, most=2**32 - 1)  # whole_number(le
 def add_data_options(parser, datasets, positional=True):
     """DIR or --data_root, --dataset and what load_dataset takes; returns the group."""
     group = parser.add_argument_group("data")
-    name, nargs = (["data_root"], {"nargs": "?"}) if positional else (["--data_root"], {})
-    group.add_argument(*name, type=file_path, default="data", metavar="DIR", **nargs,
-                       help="data folder; downloaded into if missing")
-    add = group.add_argument
+    add, root = group.add_argument, {"type": file_path, "default": "data", "metavar": "DIR"}
+    if positional:
+        add("data_root", nargs="?", help="data folder; downloaded into if missing", **root)
+    else:
+        add("--data_root", help="data folder; downloaded into if missing", **root)
     add("--dataset", choices=datasets, default="cifar10", help="folder: your images; shapes: built in")
     add("--train_size", type=whole_number(2), help="use the first N training images")
     add("--test_size", type=whole_number(1), help="use the first N test images")
@@ -158,11 +158,15 @@ def wait_to_exit():
 
 
 def run_script(main, torchrun=False):
-    """Call a script's main and exit with its code; without a traceback on Ctrl-C. Of several
-    processes that a launcher has started, unless it is torchrun and the script is made for it, none
-    runs, and one says so."""
-    if not (torchrun and TORCHRUN):
-        refuse_launchers("with torchrun" if torchrun else "without the launcher")
+    """Call a script's main and exit with its code; without a traceback on Ctrl-C. Several processes
+    of a launcher are refused, unless it is torchrun and the script is made for it; one says so."""
+    for size, index in LAUNCHERS.items():
+        if os.environ.get(size, "1") not in ("", "0", "1") and not (torchrun and TORCHRUN):
+            if os.environ.get(index, "0") != "0":
+                wait_to_exit()
+            how = "with torchrun" if torchrun else "without the launcher"
+            Parser(prog=os.path.basename(sys.argv[0])).error(
+                f"started {os.environ[size]} times ({size}), but runs on one device: start it {how}")
     try:
         sys.exit(main())
     except KeyboardInterrupt:
@@ -172,16 +176,6 @@ def run_script(main, torchrun=False):
             sys.stdout.flush()
         except OSError:  # nobody reads the rest; Python would flush again and fail
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def refuse_launchers(how):
-    """Exit with 2 if a launcher has started several processes. how: to start the script instead."""
-    for size, index in LAUNCHERS.items():
-        if os.environ.get(size, "1") not in ("", "0", "1"):
-            if os.environ.get(index, "0") != "0":
-                wait_to_exit()
-            Parser(prog=os.path.basename(sys.argv[0])).error(
-                f"started {os.environ[size]} times ({size}), but runs on one device: start it {how}")
 
 
 def open_streams():
@@ -196,8 +190,7 @@ def open_streams():
 
 
 def say(text, file=None):
-    """Print a line above the progress bar, to stdout by default. A closed or full stream does not
-    end a run."""
+    """Print a line above the progress bar. A closed or full stream does not end a run."""
     with contextlib.suppress(OSError, ValueError):
         tqdm.write(text.encode(errors="backslashreplace").decode(), file=file or sys.stdout)
 
@@ -253,13 +246,10 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """In the context the first of STOP_SIGNALS, and the time limit, only make `requested` true, so
-    that the step can finish and a checkpoint be written. A second signal has its usual effect, but
-    none with torchrun, which may pass on what a process has received; ignored ones stay ignored.
-
-    minutes: limit since `start`, a value of time.monotonic(). exit_code: 128 + the signal's number,
-    0 for the limit.
-    """
+    """In the context the first of STOP_SIGNALS, or the time limit in minutes since `start`, only makes
+    `requested` true, so that the step can finish and a checkpoint be written. A second signal has
+    its usual effect, but none with torchrun, which may pass on what a process has received; ignored
+    ones stay ignored. exit_code: 128 + the signal's number, 0 for the limit."""
 
     def __init__(self, minutes=None, start=0.0):
         self.signaled, self.exit_code, self.usual = False, 0, {}

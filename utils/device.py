@@ -131,7 +131,7 @@ def memory_errors(script, advice):
         yield
     except (MemoryError, RuntimeError) as error:
         cpu = "can't allocate memory" in str(error)  # the CPU's allocator raises RuntimeError
-        if not (cpu or isinstance(error, (MemoryError, torch.OutOfMemoryError))):
+        if not cpu and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             raise
         sys.exit(fail(script, f"out of memory ({str(error).split('. ')[0]}); {advice}"))
 

@@ -90,11 +90,8 @@ def in_turns(function):
 
 def require_same(what, value):
     """Raise ValueError, in all processes, unless the value is the same in all."""
-    if processes > 1:
-        values = gather(value)
-        for other, theirs in enumerate(values):
-            if theirs != values[0]:
-                raise ValueError(f"process {other} has {what} than process 0")
+    if processes > 1 and any(theirs != value for theirs in gather(value)):
+        raise ValueError(f"the processes have {what}: other hardware or files?")
 
 
 def batch_norm_size(batch_size, sync_bn, device):
@@ -105,11 +102,6 @@ def batch_norm_size(batch_size, sync_bn, device):
                          f"{2 * processes}")
     together = sync_bn and device.type == "cuda"  # PyTorch has no SyncBatchNorm for CPUs
     return batch_size if processes == 1 or together else batch_size // processes
-
-
-def synchronize_batch_norm(model):
-    """The model with statistics over the batches of all processes; its parameters stay the same."""
-    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if processes > 1 else model
 
 
 def rows_of_step(step, batch_size):
@@ -158,9 +150,7 @@ def average_epoch(metrics, model):
 class StopRequest(cli.StopRequest):
     """A request that reaches all processes."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.sent, self.code = None, torch.zeros(1)
+    sent, code = None, torch.zeros(1)  # 1 + exit code, 0 for none
 
     def agreed(self):
         """Whether to stop before this step; every process calls it in each step. A request of one
@@ -169,8 +159,8 @@ class StopRequest(cli.StopRequest):
             return self.requested
         if self.sent:
             self.sent.wait()
-        if self.code:  # 1 + exit code
-            self.signaled, self.exit_code = True, int(self.code.item()) - 1
+        if self.code:
+            self.signaled, self.exit_code = True, int(self.code) - 1
             return True
         self.code = torch.tensor([float(self.requested * (1 + self.exit_code))])
         self.sent = distributed.all_reduce(self.code, distributed.ReduceOp.MAX, async_op=True)

@@ -157,25 +157,17 @@ def restore(state, settings, device, parts):
 # ---- config.json
 
 
-def git_commit():
-    """The commit of the running code, with '-dirty' if tracked files differ; None outside git."""
-    command = "git describe --always --dirty --abbrev=40 --exclude=*".split()
-    try:
-        options = dict(cwd=os.path.dirname(__file__), capture_output=True, text=True, check=True)
-        return subprocess.run(command, **options).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def slice_now(device, epoch):
-    """What a start of a run is recorded by: when, from which epoch, with what code, on what."""
+    """What a start of a run is recorded by: when, from which epoch, with what code, on what. The commit
+    has '-dirty' if tracked files differ, and is None outside git."""
+    command, here = "git describe --always --dirty --abbrev=40 --exclude=*".split(), os.path.dirname(__file__)
+    commit = None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        commit = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
     versions = {package.__name__: package.__version__ for package in (torch, torchvision, numpy)}
-    cuda = torch.version.cuda if device.type == "cuda" else None
-    return {
-        "date": datetime.date.today().isoformat(), "epoch": epoch, "commit": git_commit(),
-        "device": describe(device), "processor": processor(),
-        "versions": versions | {"python": platform.python_version(), "cuda": cuda},
-    }
+    versions |= {"python": platform.python_version(), "cuda": torch.version.cuda if device.type == "cuda" else None}
+    return {"date": datetime.date.today().isoformat(), "epoch": epoch, "commit": commit,
+            "device": describe(device), "processor": processor(), "versions": versions}
 
 
 def read_config(folder):
@@ -359,6 +351,5 @@ def summary_writer(folder, epoch):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        reason = "--tensorboard requires the package tensorboard (pip install tensorboard)"
-        raise ValueError(reason) from error
+        raise ValueError("--tensorboard requires tensorboard (pip install tensorboard)") from error
     return SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=epoch + 1)
