@@ -14,25 +14,23 @@ _WEIGHTS = _os.path.join(_os.path.dirname(_os.path.abspath(__file__)), "weights"
 
 
 def simsiam_resnet18_cifar10(pretrained=True, folder=_WEIGHTS):
-    """CIFAR ResNet-18 (11.17 M parameters) in eval mode, pre-trained by SimSiam on CIFAR-10 or with new weights. RGB
-    images float32 [B, 3, H, W], H and W at least 8, in [0, 1], normalized by mean (0.4914, 0.4822, 0.4465) and std
-    (0.2470, 0.2435, 0.2616) -> features [B, 512]. Raises FileNotFoundError without weights, ValueError if their
-    SHA-256 is not the published one."""
+    """CIFAR ResNet-18 (11.17 M parameters) in eval mode, pre-trained by SimSiam on CIFAR-10 or new. RGB images
+    float32 [B, 3, H, W] in [0, 1], H and W at least 8, normalized by mean (0.4914, 0.4822, 0.4465) and std (0.2470,
+    0.2435, 0.2616) -> features [B, 512]. Raises FileNotFoundError without weights, ValueError for others."""
     return _load("simsiam_resnet18_cifar10", 64, pretrained, folder)
 
 
 def simsiam_resnet18_w32_cifar10(pretrained=True, folder=_WEIGHTS):
-    """The same at half the width (2.80 M parameters), from a night of two CPU cores -> features [B, 256]."""
+    """The same at half the width (2.80 M), trained a night on two CPU cores -> features [B, 256]."""
     return _load("simsiam_resnet18_w32_cifar10", 32, pretrained, folder)
 
 
 def simsiam_resnet18_w16_cifar10(pretrained=True, folder=_WEIGHTS):
-    """The same at a quarter of the width (0.70 M parameters), from two hours of one CPU core -> features [B, 128]."""
+    """The same at a quarter of the width (0.70 M), trained two hours on a CPU core -> features [B, 128]."""
     return _load("simsiam_resnet18_w16_cifar10", 16, pretrained, folder)
 
 
 def _load(name, width, pretrained, folder):
-    """The backbone in folder/NAME.pt, if its SHA-256 is the one in folder/NAME.json, or one with new weights."""
     if not pretrained:
         return _resnet18(width).eval()
     path = _os.path.join(folder, f"{name}.pt")

@@ -133,9 +133,8 @@ def make_classifier(args, feature_dim):
 
 
 def train_sgd(setup, run, position, test_features, stop):
-    """--features augmented, MoCo's protocol: train the classifier to the last epoch, with a record
-    in run.records for each. Raises Stopped if a stop is requested: a resumed run repeats the
-    unfinished epoch."""
+    """--features augmented, MoCo's protocol: train the classifier from `position` to the last epoch.
+    Raises Stopped if a stop is requested: a resumed run repeats the unfinished epoch."""
     args, device, data, backbone, classifier, optimizer = setup
     autocast, size = devices.autocast(device, args.precision), len(data.train_images)
 

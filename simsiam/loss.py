@@ -13,24 +13,23 @@ def cross_entropy(p, z):
 
 
 def simsiam_loss(p1, p2, z1, z2, distance=negative_cosine):
-    """L = D(p1, z2) / 2 + D(p2, z1) / 2: float32 scalar, in [-1, 1] for the negative cosine. Inputs are
-    [B, dim]; z1 and z2 are targets, which SimSiam.forward returns detached."""
+    """L = D(p1, z2) / 2 + D(p2, z1) / 2 of inputs [B, dim]: float32 scalar, in [-1, 1] for the negative
+    cosine. z1 and z2 are targets, which SimSiam.forward returns detached."""
     return 0.5 * distance(p1, z2) + 0.5 * distance(p2, z1)
 
 
 def asymmetric_loss(p1, p2, z1, z2, distance=negative_cosine):
-    """L = D(p1, z2): only the first view predicts the second; p2 and z1 are not used (Sec. 4.6). The
-    paper's "asymmetric 2x" is the mean of this loss over two pairs of views of each image."""
+    """L = D(p1, z2) (Sec. 4.6); the paper's "asymmetric 2x" is its mean over two pairs of views."""
     return distance(p1, z2)
 
 
 def feature_std(z):
     """Std of l2-normalized outputs z [B, dim] over the batch, averaged over channels, times sqrt(dim)
     (Sec. 4.1): about 1 for a healthy network, 0 for constant outputs. Behind a batch norm, which keeps
-    the mean at 0, a collapse is 2 / sqrt(B) instead: all outputs but one point the same way."""
+    the mean at 0, a collapse gives 2 / sqrt(B): all outputs but one point the same way."""
     z = F.normalize(z.float(), dim=1)
     return z.std(dim=0).mean() * z.shape[1] ** 0.5
 
 
-DISTANCES = {"cosine": negative_cosine, "cross_entropy": cross_entropy}  # Sec. 4.5
-LOSSES = {"symmetric": simsiam_loss, "asymmetric": asymmetric_loss, "asymmetric_2x": asymmetric_loss}  # Sec. 4.6
+DISTANCES = {"cosine": negative_cosine, "cross_entropy": cross_entropy}
+LOSSES = {"symmetric": simsiam_loss, "asymmetric": asymmetric_loss, "asymmetric_2x": asymmetric_loss}

@@ -2,10 +2,7 @@
 from torch import nn
 
 PREDICTORS = ("learned", "fixed", "none")  # Sec. 4.2, Table 1
-
-# Table 3: whether a batch norm follows the projector's hidden layers, its output, the predictor's
-# hidden layer, its output.
-HEAD_BN = {
+HEAD_BN = {  # Table 3: batch norms after the projector's hidden layers and output, the predictor's
     "none": (False, False, False, False),
     "hidden": (True, False, True, False),
     "default": (True, True, True, False),
@@ -29,23 +26,19 @@ def make_head(dims, hidden_bn, output_bn):
 
 
 class SimSiam(nn.Module):
-    """Backbone, projector and predictor as separate attributes.
-
-    backbone: module [B, 3, H, W] -> [B, backbone.feature_dim]. dim: size of z and p. pred_dim: the
+    """backbone: module [B, 3, H, W] -> [B, backbone.feature_dim]. dim: size of z and p. pred_dim: the
     predictor's bottleneck. num_proj_layers: 2 on CIFAR (appendix D), 3 on ImageNet. The rest are the
     variants of Sec. 4, all with the same initial weights. head_bn: a key of HEAD_BN. predictor: 'fixed'
-    keeps the initial weights, 'none' makes p equal z. stop_gradient: False trains the targets too.
-    """
+    keeps the initial weights, 'none' makes p equal z. stop_gradient: False trains the targets too."""
 
     def __init__(self, backbone, dim=2048, pred_dim=512, num_proj_layers=2, head_bn="default",
                  predictor="learned", stop_gradient=True):
         super().__init__()
         if num_proj_layers < 1:
             raise ValueError(f"num_proj_layers must be at least 1, not {num_proj_layers}")
-        bn = HEAD_BN[head_bn]
         self.backbone = backbone
-        self.projector = make_head([backbone.feature_dim] + num_proj_layers * [dim], *bn[:2])
-        self.predictor = make_head([dim, pred_dim, dim], *bn[2:])
+        self.projector = make_head([backbone.feature_dim] + num_proj_layers * [dim], *HEAD_BN[head_bn][:2])
+        self.predictor = make_head([dim, pred_dim, dim], *HEAD_BN[head_bn][2:])
         self.stop_gradient = stop_gradient
         if predictor == "fixed":
             self.predictor.requires_grad_(False)
@@ -57,8 +50,7 @@ class SimSiam(nn.Module):
         through the network one after the other: each has its own batch statistics."""
         z1 = self.projector(self.backbone(x1))  # [B, dim]
         z2 = self.projector(self.backbone(x2))
-        p1 = self.predictor(z1)
-        p2 = self.predictor(z2)
-        if not self.stop_gradient:
-            return p1, p2, z1, z2
-        return p1, p2, z1.detach(), z2.detach()  # the stop-gradient
+        p1, p2 = self.predictor(z1), self.predictor(z2)
+        if self.stop_gradient:
+            z1, z2 = z1.detach(), z2.detach()  # the stop-gradient
+        return p1, p2, z1, z2

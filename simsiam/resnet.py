@@ -1,4 +1,6 @@
 """CIFAR ResNets: 3x3 stem with stride 1, no max-pool, no fc (paper, appendix D). torchvision's names."""
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,7 +17,6 @@ def conv_as_matmul(x, weight, stride):
 
 class Conv2d(nn.Conv2d):
     """nn.Conv2d; on the CPU in bf16 a matrix product where the maps are so small that oneDNN is slow."""
-
     def forward(self, x):
         size = x.shape[2] // self.stride[0]
         small = self.kernel_size == (3, 3) and (size <= 2 or size <= 4 and self.out_channels >= 512)
@@ -27,75 +28,54 @@ class Conv2d(nn.Conv2d):
 
 def conv_bn(in_channels, out_channels, kernel_size, stride=1):
     """A convolution without bias, padded to keep H and W at stride 1, and its batch norm."""
-    conv = Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
+    conv = Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
     return conv, nn.BatchNorm2d(out_channels)
 
 
-def shortcut(in_channels, out_channels, stride):
-    """The projection of a residual block whose output has another shape than its input, else None."""
-    if stride == 1 and in_channels == out_channels:
-        return None
-    return nn.Sequential(*conv_bn(in_channels, out_channels, 1, stride))
+class Block(nn.Module):
+    """A residual block: two 3x3 convolutions (ResNet-18 and -34), or a bottleneck of 1x1, 3x3 and 1x1
+    convolutions with four times as many output channels and the stride on the 3x3 (ResNet-50)."""
 
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions (ResNet-18 and -34)."""
-
-    expansion = 1
-
-    def __init__(self, in_channels, channels, stride):
+    def __init__(self, in_channels, channels, stride, bottleneck=False):
         super().__init__()
-        self.conv1, self.bn1 = conv_bn(in_channels, channels, 3, stride)
-        self.conv2, self.bn2 = conv_bn(channels, channels, 3)
-        self.downsample = shortcut(in_channels, channels, stride)
+        self.bottleneck, out_channels = bottleneck, channels
+        if bottleneck:
+            out_channels = 4 * channels
+            self.conv1, self.bn1 = conv_bn(in_channels, channels, 1)
+            self.conv2, self.bn2 = conv_bn(channels, channels, 3, stride)
+            self.conv3, self.bn3 = conv_bn(channels, out_channels, 1)
+        else:
+            self.conv1, self.bn1 = conv_bn(in_channels, channels, 3, stride)
+            self.conv2, self.bn2 = conv_bn(channels, channels, 3)
+        self.downsample = None
+        if stride != 1 or in_channels != out_channels:
+            self.downsample = nn.Sequential(*conv_bn(in_channels, out_channels, 1, stride))
 
     def forward(self, x):
         identity = x if self.downsample is None else self.downsample(x)
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = self.bn2(self.conv2(x))
-        x += identity
-        return F.relu(x, inplace=True)
-
-
-class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions with the stride on the 3x3, as in torchvision (ResNet-50)."""
-
-    expansion = 4
-
-    def __init__(self, in_channels, channels, stride):
-        super().__init__()
-        out_channels = channels * self.expansion
-        self.conv1, self.bn1 = conv_bn(in_channels, channels, 1)
-        self.conv2, self.bn2 = conv_bn(channels, channels, 3, stride)
-        self.conv3, self.bn3 = conv_bn(channels, out_channels, 1)
-        self.downsample = shortcut(in_channels, out_channels, stride)
-
-    def forward(self, x):
-        identity = x if self.downsample is None else self.downsample(x)
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
-        x = self.bn3(self.conv3(x))
+        if self.bottleneck:
+            x = self.bn3(self.conv3(F.relu(x, inplace=True)))
         x += identity
         return F.relu(x, inplace=True)
 
 
 class ResNet(nn.Module):
     """A CIFAR ResNet: normalized images [B, 3, H, W], any H, W >= 8 -> features [B, feature_dim]. The four
-    stages have 1, 2, 4 and 8 times `width` channels at full, half, quarter and eighth resolution, followed
-    by global average pooling. Convolutions start from He's normal distribution (fan out), as torchvision's."""
+    stages have 1, 2, 4 and 8 times `width` channels. Initial weights: He's normal, as torchvision's."""
     stem_relu = True  # simsiam.weights clears it for checkpoints of code without a ReLU after the stem
 
-    def __init__(self, block, depths, width=64):
+    def __init__(self, depths, width=64, bottleneck=False):
         super().__init__()
         self.conv1, self.bn1 = conv_bn(3, width, 3)
         in_channels = width
         for stage, depth in enumerate(depths):
-            channels = width * 2**stage
-            blocks = []
+            channels, blocks = width * 2**stage, []
             for i in range(depth):
                 stride = 2 if stage > 0 and i == 0 else 1
-                blocks.append(block(in_channels, channels, stride))
-                in_channels = channels * block.expansion
+                blocks.append(Block(in_channels, channels, stride, bottleneck))
+                in_channels = 4 * channels if bottleneck else channels
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
         self.feature_dim = in_channels
         for module in self.modules():
@@ -110,19 +90,8 @@ class ResNet(nn.Module):
         return x.mean(dim=(2, 3))
 
 
-def resnet18(width=64):
-    """ResNet-18 for small images; feature_dim is 8 * width (512), 11,168,832 parameters at width 64."""
-    return ResNet(BasicBlock, (2, 2, 2, 2), width)
-
-
-def resnet34(width=64):
-    """ResNet-34 for small images; feature_dim is 8 * width (512)."""
-    return ResNet(BasicBlock, (3, 4, 6, 3), width)
-
-
-def resnet50(width=64):
-    """ResNet-50 for small images; feature_dim is 32 * width (2048)."""
-    return ResNet(Bottleneck, (3, 4, 6, 3), width)
-
-
+# Each takes the width. At 64, the paper's, ResNet-18 has 11,168,832 parameters.
+resnet18 = partial(ResNet, (2, 2, 2, 2))                   # feature_dim is 8 * width (512)
+resnet34 = partial(ResNet, (3, 4, 6, 3))                   # 8 * width (512)
+resnet50 = partial(ResNet, (3, 4, 6, 3), bottleneck=True)  # 32 * width (2048)
 ARCHS = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50}

@@ -20,12 +20,11 @@ HEADS = {"classifier", "projection_head", "prediction_head"}  # of solo-learn; o
 
 
 def load_backbone(source, arch="resnet18", width=None, verbose=True):
-    """Load the backbone of a checkpoint as a ResNet in eval mode, float32, on the CPU.
-    source: a path, or what torch.load returned for it. arch: a key of ARCHS. width: channels of the
-    stem (default: the checkpoint's). verbose: print what was found, or a function to call with it.
-    The backbone is found anywhere in nested dicts, under any prefix; only num_batches_tracked may
-    be missing. One that is no moving average is preferred, then the shortest name. The stem is that
-    of the code that wrote the file: solo-learn pads by 2, lightly's benchmark has no ReLU.
+    """Load the backbone of a checkpoint as a ResNet in eval mode, float32, on the CPU. source: a path,
+    or what torch.load returned for it. arch: a key of ARCHS. width: channels of the stem (default: the
+    checkpoint's). verbose: print what was found, or a function to call with it. Nested dicts and any
+    prefix are searched; online networks are preferred to moving averages, then short names. The stem
+    is that of the code that wrote the file: solo-learn pads by 2, lightly's benchmark has no ReLU.
     Raises what `read_file` raises, and ValueError in one line for tensors that do not fit."""
     if arch not in ARCHS:
         raise ValueError(f"unknown architecture {arch!r}; choose from {', '.join(ARCHS)}")
@@ -99,8 +98,7 @@ def flatten(item, name=""):
 def preference(stem):
     """Sort key of stems: moving averages last, online networks first, then short names."""
     words = [word.lower() for word in re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", stem)]
-    averaged, online = (sum(word in known for word in words) for known in (AVERAGED, ONLINE))
-    return averaged, -online, len(stem)
+    return sum(word in AVERAGED for word in words), -sum(word in ONLINE for word in words), len(stem)
 
 
 def build(tensors, stem, arch, width):
@@ -109,10 +107,13 @@ def build(tensors, stem, arch, width):
     inside = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
     found = {WRAPPERS.sub("", name).replace("/", ".").replace(".shortcut.", ".downsample."): value
              for name, value in inside.items() if PART.match(name)}
-    if "conv1.weight" not in found:
-        found, relu = name_children(found)
-    line = (f"backbone at {stem.replace('/', '.')}: {len(found)} tensors matched, "
-            f"{len(tensors) - len(found)} more ignored")
+    if "conv1.weight" not in found:  # the numbered children of an nn.Sequential; heads come last
+        numbers = sorted({int(name.split(".")[0]) for name in found if name[0].isdecimal()})
+        found = {f"{child}.{name.split('.', 1)[1]}": value for name, value in found.items()
+                 for number, child in zip(numbers, CHILDREN) if name.startswith(f"{number}.")}
+        relu = len(numbers) > 2 and numbers[2] > numbers[1] + 1  # it has a number too
+    rest = len(tensors) - len(found)
+    line = f"backbone at {stem.replace('/', '.')}: {len(found)} tensors matched, {rest} more ignored"
     if sum(preference(stem)[:2]) > 0:  # more words for moving averages than for online networks
         line += ", a moving average"
     if not relu:
@@ -122,7 +123,7 @@ def build(tensors, stem, arch, width):
             found.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
         if not (name.endswith("_tracked") or value.is_floating_point() and value.isfinite().all()):
             raise ValueError(f"{name} has values that are not finite floating-point numbers")
-    backbone = ARCHS[arch](len(found["conv1.weight"]) if width is None else width)
+    backbone = ARCHS[arch](width or len(found["conv1.weight"]))
     backbone.stem_relu = relu
     try:
         backbone.load_state_dict(found)
@@ -133,13 +134,3 @@ def build(tensors, stem, arch, width):
                 reason += f"; they fit {each} of width {len(found['conv1.weight'])}"
         raise ValueError(reason) from error
     return backbone, line
-
-
-def name_children(tensors):
-    """Names for the numbered children of an nn.Sequential; whether a ReLU follows the stem."""
-    parts = {name: name.split(".", 1) for name in tensors}
-    numbers = sorted({int(number) for number, _ in parts.values() if number.isdecimal()})
-    children = dict(zip(map(str, numbers), CHILDREN))  # a ReLU has a number; heads come last
-    named = {f"{children[number]}.{rest}": tensors[name] for name, (number, rest) in parts.items()
-             if number in children}
-    return named, len(numbers) > 2 and numbers[2] > numbers[1] + 1

@@ -54,15 +54,14 @@ def epoch_generator(seed, epoch, device):
 def view_sizes(schedule, epochs):
     """Size of the views in each epoch, a list of int. schedule: '32', or sizes with their shares of
     the epochs, in order: '16:0.5,24:0.25,32:0.25'. Raises ValueError for anything else."""
-    parts = schedule.split(",") if ":" in schedule else [f"{schedule}:1"]
+    parts = schedule if ":" in schedule else f"{schedule}:1"
     try:
-        pairs = [part.split(":") for part in parts]
+        pairs = [part.split(":") for part in parts.split(",")]
         sizes, shares = [int(size) for size, _ in pairs], [float(share) for _, share in pairs]
-        valid = min(sizes) >= 8 and min(shares) > 0 and abs(sum(shares) - 1) < 1e-6
+        if not (min(sizes) >= 8 and min(shares) > 0 and abs(sum(shares) - 1) < 1e-6):
+            raise ValueError
     except ValueError:
-        valid = False
-    if not valid:
-        raise ValueError(f"--view_size {schedule}: not sizes of at least 8 with shares that sum to 1")
+        raise ValueError(f"--view_size {schedule}: not sizes of at least 8 with shares that sum to 1") from None
     ends = [round(epochs * sum(shares[:i + 1])) for i in range(len(shares))]
     return [sizes[sum(epoch >= end for end in ends)] for epoch in range(epochs)]
 
@@ -72,114 +71,102 @@ def uniform(low, high, shape, generator):
     return low + (high - low) * torch.rand(shape, generator=generator, device=generator.device)
 
 
-def draw_crops(n, generator, height, width, scale):
-    """Crops as in RandomResizedCrop.get_params: the first of ten attempts that fits into the image,
-    else the central crop of the nearest ratio. Returns top, left, height, width: int64 [n] each."""
+def draw_views(n, generator, height=SIZE, width=SIZE, scale=SCALE):
+    """Draw one view of each of n images of height x width pixels: Draws with n rows, on the generator's
+    device. scale: bounds of the crop's share of the image area. As in RandomResizedCrop.get_params, the
+    first of ten attempts that fits into the image counts, else the central crop of the nearest ratio."""
     area = height * width * uniform(*scale, (n, CROP_ATTEMPTS), generator)
-    log_ratio = uniform(math.log(RATIO[0]), math.log(RATIO[1]), (n, CROP_ATTEMPTS), generator)
-    ratio = log_ratio.exp()
+    ratio = uniform(math.log(RATIO[0]), math.log(RATIO[1]), (n, CROP_ATTEMPTS), generator).exp()
     sides = torch.stack((area / ratio, area * ratio)).sqrt().round()      # height and width [2, n, 10]
     central = min(height, round(width / RATIO[0])), min(width, round(height * RATIO[1]))
     image, central = sides.new_tensor(((height, width), central))[:, :, None]    # [2, 1] each
-    fits = ((sides > 0) & (sides <= image[:, None])).all(dim=0)
+    fits = ((sides > 0) & (sides <= image[:, None])).all(dim=0)           # [n, 10]
     first = fits.int().argmax(dim=1, keepdim=True).expand(2, n, 1)
     sides = torch.where(fits.any(dim=1), sides.gather(2, first)[:, :, 0], central)
     free = image - sides                                                  # [2, n]
     # The minimum: a float32 product can round up to the bound itself.
     drawn = torch.minimum((uniform(0, 1, (n, 2), generator).T * (free + 1)).floor(), free)
     corner = torch.where(fits.any(dim=1), drawn, (free / 2).floor())
-    return *corner.long(), *sides.long()
-
-
-def draw_views(n, generator, height=SIZE, width=SIZE, scale=SCALE):
-    """Draw one view of each of n images of height x width pixels: Draws with n rows, on the
-    generator's device. scale: bounds of the crop's share of the image area."""
-    def coin(p):
-        return uniform(0, 1, (n,), generator) < p
-
-    strength, center = torch.tensor((JITTER, (1.0, 1.0, 1.0, 0.0)), device=generator.device)
-    crops = draw_crops(n, generator, height, width, scale)
-    flip, jitter = coin(FLIP_P), coin(JITTER_P)
+    flip, jitter = (uniform(0, 1, (n,), generator) < p for p in (FLIP_P, JITTER_P))
     order = uniform(0, 1, (n, 4), generator).argsort(dim=1)
+    strength, center = torch.tensor((JITTER, (1.0, 1.0, 1.0, 0.0)), device=generator.device)
     factors = center + strength * uniform(-1, 1, (n, 4), generator)
-    return Draws(*crops, flip, jitter, order, factors, gray=coin(GRAY_P))
+    gray = uniform(0, 1, (n,), generator) < GRAY_P
+    return Draws(*corner.long(), *sides.long(), flip, jitter, order, factors, gray)
 
 
 def eager_on_cpu(x):
-    """Whether operations run one by one on the CPU, where a single larger operation saves many
-    passes over memory. Compiled and on CUDA, plain arithmetic fuses best."""
+    """Whether operations run one by one on the CPU, where one larger operation saves passes over
+    memory. Compiled and on CUDA, plain arithmetic fuses best."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def pixel_centers(start, length, size, flip=None):
-    """Centers of the output pixels, in input pixels, if start .. start + length is resized to
-    `size`: float32 [B, size]; mirrored where flip (bool [B]) is true."""
-    out = torch.arange(size, device=start.device) + 0.5
+    """Centers of the output pixels, in input pixels, if start .. start + length is resized to `size`:
+    float32 [B, size], mirrored where flip (bool [B]), clamped to the crop's outer pixel centers."""
+    start, length = start.float()[:, None], length.float()[:, None]
+    center = torch.arange(size, device=start.device) + 0.5
     if flip is not None:
-        out = torch.where(flip[:, None], size - out, out)
-    return start.float()[:, None] + out.expand(len(start), size) * (length.float()[:, None] / size)
+        center = torch.where(flip[:, None], size - center, center)
+    return (start + center * (length / size)).clamp(start + 0.5, start + length - 0.5)
 
 
-def resampling_weights(start, length, size_in, size, flip=None):
-    """Weights [B, size, size_in] that resize pixels start .. start + length of a line to `size`:
+def resampling_weights(centers, start, length, size_in):
+    """Weights [B, size, size_in] that resize pixels start .. start + length of a line to `centers`:
     bilinear, antialiased where it shrinks, and of sum 1 inside the crop, as in PIL."""
-    center = pixel_centers(start, length, size, flip)[:, :, None]         # [B, size, 1]
     start, length = start.float()[:, None, None], length.float()[:, None, None]
-    pixel = torch.arange(size_in, device=start.device) + 0.5              # [size_in]
-    weight = (pixel - center).abs_().mul_(-1 / (length / size).clamp(min=1)).add_(1).clamp_(min=0)
+    pixel = torch.arange(size_in, device=start.device) + 0.5
+    slope = -1 / (length / centers.shape[1]).clamp(min=1)                 # [B, 1, 1]
+    weight = (pixel - centers[:, :, None]).abs_().mul_(slope).add_(1).clamp_(min=0)
     weight.mul_((pixel > start) & (pixel < start + length))
     return weight.div_(weight.sum(dim=2, keepdim=True))
-
-
-def sampling_positions(start, length, size_in, size, flip=None):
-    """The same as positions for F.grid_sample, where a line reaches from -1 to 1: [B, size], for
-    crops that do not shrink. Clamped to the crop's outer pixel centers: no pixel outside counts."""
-    center = pixel_centers(start, length, size, flip)
-    center = center.clamp(start[:, None] + 0.5, (start + length)[:, None] - 0.5)
-    return center * (2 / size_in) - 1
 
 
 def crop_flip(images, draws, size=SIZE):
     """Crop, resize, flip: uint8 [B, 3, H, W] -> float32 [B, 3, size, size], rounded [0, 1]."""
     b, c, h, w = images.shape
+    x = pixel_centers(draws.left, draws.width, size, draws.flip)
+    y = pixel_centers(draws.top, draws.height, size)
     if eager_on_cpu(images) and h <= size and w <= size:  # no crop shrinks, and sampling is faster
-        x = sampling_positions(draws.left, draws.width, w, size, draws.flip)[:, None, :]
-        y = sampling_positions(draws.top, draws.height, h, size)[:, :, None]
-        positions = torch.stack(torch.broadcast_tensors(x, y), dim=3)            # [B, size, size, 2]
-        images = images.float().mul_(1 / 255)
-        return F.grid_sample(images, positions, padding_mode="border", align_corners=False)
-    rows = resampling_weights(draws.top, draws.height, h, size)
-    columns = resampling_weights(draws.left, draws.width, w, size, draws.flip)
+        grid = torch.empty(b, size, size, 2)              # x and y, from -1 to 1 across the image
+        grid[..., 0], grid[..., 1] = (x * (2 / w) - 1)[:, None, :], (y * (2 / h) - 1)[:, :, None]
+        return F.grid_sample(images.float().mul_(1 / 255), grid, padding_mode="border", align_corners=False)
+    columns = resampling_weights(x, draws.left, draws.width, w)
+    rows = resampling_weights(y, draws.top, draws.height, h)
     x = torch.bmm(images.float().view(b, c * h, w), columns.transpose(1, 2))     # [B, 3 * H, size]
     return torch.matmul(rows[:, None] / 255, x.view(b, c, h, size))
 
 
-def apply_matrix(x, matrix, bias):
-    """Apply a color matrix [B, 3, 3] and a bias [B, 3] to each image: float [B, 3, H, W] -> same."""
+def apply_matrix(x, matrix, bias, out=None):
+    """Apply a color matrix [B, 3, 3] and a bias [B, 3] to each image: float [B, 3, H, W] -> same.
+    out: contiguous, on the CPU only."""
     if eager_on_cpu(x):
-        return torch.baddbmm(bias[:, :, None], matrix, x.flatten(2)).view(x.shape)
+        out = torch.empty_like(x) if out is None else out
+        torch.baddbmm(bias[:, :, None], matrix, x.flatten(2), out=out.flatten(2))
+        return out
     matrix, bias, (r, g, b) = matrix[..., None, None], bias[..., None, None], x.unbind(1)
     return torch.stack([matrix[:, i, 0] * r + matrix[:, i, 1] * g + matrix[:, i, 2] * b + bias[:, i]
                         for i in range(3)], dim=1)
 
 
-def luma_matrix(device):
-    """The color matrix [3, 3] that turns every channel into the luma."""
-    return torch.stack([torch.full((3,), share, device=device) for share in LUMA], dim=1)
-
-
-def blend_matrices(draws):
+def color_matrices(draws):
     """Brightness, contrast and saturation of each image, in its order, as three color matrices
-    [3, B, 3, 3], and how much of the mean luma each adds [3, B]: factor * x + (1 - factor) * other,
-    where other is black, the mean luma, or the luma. Without jitter the identity, bit for bit."""
+    [3, B, 3, 3], and how much of the mean luma each adds [3, B]: factor * x + (1 - factor) * other, where
+    other is black, the mean luma, or the luma. Without jitter the identity, bit for bit.
+    Grayscale and normalization, which come last, as one matrix [B, 3, 3] and a bias [B, 3]."""
     device = draws.order.device
-    i = torch.arange(3, device=device)[:, None]
+    # Numbers are filled in on the device: to copy them there would make the host wait.
+    luma = torch.stack([torch.full((3,), share, device=device) for share in LUMA], dim=1)
+    identity, i = torch.eye(3, device=device), torch.arange(3, device=device)[:, None]
     slot = i + (draws.hue_slots() <= i)                                  # skips the hue shift
-    operation = draws.order.T.gather(0, slot)                             # [3, B]
+    operation = draws.order.T.gather(0, slot)                            # [3, B]
     factor = torch.where(draws.jitter, draws.factors.T.gather(0, operation), 1.0)
     of_luma, of_mean = ((1 - factor) * (operation == other) for other in (SATURATION, CONTRAST))
-    scaled = factor[..., None, None] * torch.eye(3, device=device)
-    return scaled + of_luma[..., None, None] * luma_matrix(device), of_mean
+    blends = factor[..., None, None] * identity + of_luma[..., None, None] * luma
+    gray = torch.where(draws.gray[:, None, None], luma, identity)
+    last = torch.stack([gray[:, i] / STD[i] for i in range(3)], dim=1)
+    bias = [torch.full(draws.gray.shape, -MEAN[i] / STD[i], device=device) for i in range(3)]
+    return blends, of_mean, last, torch.stack(bias, dim=1)
 
 
 def blend(x, matrix, of_mean):
@@ -190,10 +177,9 @@ def blend(x, matrix, of_mean):
 
 
 def shift_hue(x, turns):
-    """Shift the hue of float images [B, 3, H, W] in [0, 1] by turns [B] of the color circle.
-
-    As in HSV, the largest and smallest channel values stay. In sixths of the circle from cyan, the hue
-    is 2 + (r - g - b + smallest) / chroma, negative where green exceeds blue. From smallest to largest,
+    """Shift the hue of float images [B, 3, H, W] in [0, 1] by turns [B] of the color circle. As in HSV,
+    the largest and smallest channel values stay. In sixths of the circle from cyan, the hue is
+    2 + (r - g - b + smallest) / chroma, negative where green exceeds blue. From smallest to largest,
     red is then at |hue| - 1, green at 2 - |hue + 1|, blue at 2 - |hue - 1|, clamped to [0, 1]."""
     r, g, b = x.split(1, dim=1)
     smallest = torch.minimum(torch.minimum(r, g), b)
@@ -204,29 +190,6 @@ def shift_hue(x, turns):
     red, green = hue.abs().sub_(1), torch.rsub((hue + 1).abs_(), 2)
     position = torch.cat([red, green, torch.rsub((hue - 1).abs_(), 2)], dim=1)
     return torch.addcmul(smallest, chroma, position.clamp_(0, 1))
-
-
-def color_jitter(x, draws):
-    """ColorJitter with probability, each image in its own order: float [B, 3, H, W] in [0, 1] ->
-    same. Three blends before the hue shift and three after it cover all 24 orders: an image takes
-    each of its three on one side, and the identity on the other."""
-    matrices, of_mean = blend_matrices(draws)
-    slots, identity = draws.hue_slots(), torch.eye(3, device=x.device)
-    for after_hue in (False, True):
-        if after_hue:
-            x = shift_hue(x, torch.where(draws.jitter, draws.factors[:, HUE], 0.0))
-        for i in range(3):
-            mine = i >= slots if after_hue else i < slots
-            x = blend(x, torch.where(mine[:, None, None], matrices[i], identity), of_mean[i] * mine)
-    return x
-
-
-def gray_and_normalize(draws):
-    """Grayscale with probability, then normalization: color matrices [B, 3, 3], biases [B, 3]."""
-    gray, device = draws.gray, draws.gray.device
-    colors = torch.where(gray[:, None, None], luma_matrix(device), torch.eye(3, device=device))
-    bias = [torch.full(gray.shape, -MEAN[i] / STD[i], device=device) for i in range(3)]
-    return torch.stack([colors[:, i] / STD[i] for i in range(3)], dim=1), torch.stack(bias, dim=1)
 
 
 def normalize(images, mean=MEAN, std=STD):
@@ -254,30 +217,40 @@ def apply_views(images, draws, size=SIZE):
     float32 [B, 3, size, size]. Without synchronization on CUDA; torch.compile takes it whole."""
     if eager_on_cpu(images):
         return apply_views_cpu(images, draws, size)
-    views = color_jitter(crop_flip(images, draws, size), draws)
-    return apply_matrix(views, *gray_and_normalize(draws))
+    blends, of_mean, last, bias = color_matrices(draws)
+    slots, identity = draws.hue_slots(), torch.eye(3, device=images.device)
+    x = crop_flip(images, draws, size)
+    # Three blends before the hue shift and three after it cover all 24 orders: an image takes each
+    # of its three on one side, and the identity on the other.
+    for after_hue in (False, True):
+        if after_hue:
+            x = shift_hue(x, torch.where(draws.jitter, draws.factors[:, HUE], 0.0))
+        for i in range(3):
+            mine = i >= slots if after_hue else i < slots
+            x = blend(x, torch.where(mine[:, None, None], blends[i], identity), of_mean[i] * mine)
+    return apply_matrix(x, last, bias)
 
 
 def apply_views_cpu(images, draws, size):
     """The same on the CPU, several times faster: chunks that stay in the cache, each sorted by the
     slot of the hue shift, so that every image takes only the three blends that it needs."""
-    unjittered = 4
-    slots = torch.where(draws.jitter, draws.hue_slots(), unjittered)
+    slots = torch.where(draws.jitter, draws.hue_slots(), 4)  # 4: no jitter
     views = torch.empty(len(images), 3, size, size)
     at_once = max(1, CPU_CHUNK // max(size, SIZE, *images.shape[2:])**2)
-    for rows in torch.arange(len(images)).split(at_once):
-        rows = rows[slots[rows].argsort()]
+    for rows, into in zip(torch.arange(len(images)).split(at_once), views.split(at_once)):
+        rows, first = rows[slots[rows].argsort()], 0
         chunk = draws.rows(rows)
-        (matrices, of_mean), (matrix, bias) = blend_matrices(chunk), gray_and_normalize(chunk)
-        crops, first = crop_flip(images.index_select(0, rows), chunk, size), 0
+        blends, of_mean, last, bias = color_matrices(chunk)
+        crops = crop_flip(images.index_select(0, rows), chunk, size)
+        made = torch.empty_like(crops)
         for slot, count in enumerate(slots[rows].bincount().tolist()):
             mine = slice(first, first + count)
             x, first = crops[mine], first + count
-            for i in range(4 if slot < unjittered else 0):
+            for i in range(4 if slot < 4 else 0):
                 if i == slot:
                     x = shift_hue(x, chunk.factors[mine, HUE])
                 if i < 3:
-                    x = blend(x, matrices[i, mine], of_mean[i, mine])
-            crops[mine] = apply_matrix(x, matrix[mine], bias[mine])
-        views.index_copy_(0, rows, crops)
+                    x = blend(x, blends[i, mine], of_mean[i, mine])
+            apply_matrix(x, last[mine], bias[mine], out=made[mine])
+        torch.index_select(made, 0, rows.argsort(), out=into)  # much faster than index_copy_
     return views

@@ -35,9 +35,8 @@ def write(path, content, keep_previous=False):
 
 @contextlib.contextmanager
 def writing(path, keep_previous=False):
-    """A file to write in the context, which becomes path at its end, atomically: a temporary file,
-    fsync, rename. keep_previous: the replaced file stays as previous_path(path). Raises OSError
-    that names path; the old file is then unchanged."""
+    """A file to write in the context, which becomes path at its end, atomically. keep_previous: the
+    replaced file stays as previous_path(path). Raises OSError that names path, which is unchanged."""
     partial = f"{path}.partial"
     try:
         with open(partial, "wb") as file:
@@ -60,8 +59,7 @@ def writing(path, keep_previous=False):
 
 
 def lock(path, wait=False):
-    """Open a file, locked until it is closed. Raises BlockingIOError if another process has it,
-    unless `wait`."""
+    """Open a file, locked until it is closed. If another process has it, waits or raises BlockingIOError."""
     file = open(path, "ab")
     try:
         if fcntl is not None:

@@ -25,7 +25,7 @@ quiet = False  # --quiet: `info` and the bars show nothing
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as written; the default of each option that has one."""
+    """The description as written; the default of each option that has one; N or X for numbers."""
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
@@ -68,20 +68,21 @@ class Parser(argparse.ArgumentParser):
 
 def another_died(error):
     """Whether an error of torch.distributed says that the connection to another process broke."""
-    by_torch = type(error).__name__.startswith("Dist") or "gloo" in str(error)
-    return processes > 1 and isinstance(error, RuntimeError) and by_torch
+    known = type(error).__name__.startswith("Dist") or "gloo" in str(error)
+    return processes > 1 and known and isinstance(error, RuntimeError)
 
 
 def number(kind, least=0, most=math.inf, above=False):
     """Argument type: a finite int or float (kind) from `least`, or above it, to `most`."""
+    limits = f"{'above' if above else 'of at least'} {least}"
+    if most < math.inf:
+        limits += f" and at most {most}"
+
     def convert(text):
         with contextlib.suppress(ValueError):
             value = kind(text)
             if math.isfinite(value) and least <= value <= most and not (above and value == least):
                 return value
-        limits = f"above {least}" if above else f"of at least {least}"
-        if most < math.inf:
-            limits += f" and at most {most}"
         wanted = "whole" if kind is int else "finite"
         raise argparse.ArgumentTypeError(f"{text!r} is not a {wanted} number {limits}")
     convert.metavar = "N" if kind is int else "X"
@@ -229,8 +230,7 @@ class Progress(tqdm):
                          dynamic_ncols=True, disable=True if quiet else None)
 
     def advance(self, done, summary="", keep=False):
-        """done: epochs, with a fraction inside an epoch. summary: text at the end of an epoch.
-        keep: print it on a terminal too."""
+        """done: epochs, or a fraction. summary: text after an epoch. keep: print it on a terminal too."""
         self.update(done - self.n)
         if summary:
             self.set_postfix_str(summary)

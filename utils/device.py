@@ -65,15 +65,15 @@ def set_determinism(deterministic):
 
 
 def select_precision(name, device):
-    """Resolve 'auto': bf16 on GPUs from compute capability 8.0 and CPUs that compute in it, fp16 on
-    older GPUs, fp32 on other CPUs. Raises ValueError for fp16 on the CPU."""
+    """Resolve 'auto': bf16 on GPUs from compute capability 8.0 and CPUs that compute in it, else fp16
+    on GPUs and fp32 on CPUs. Raises ValueError for fp16 on the CPU."""
     if name == "fp16" and device.type == "cpu":
         raise ValueError("--precision fp16 requires a CUDA GPU; on the CPU use fp32 or bf16")
-    if name != "auto":
-        return name
-    if device.type == "cpu":
+    if name == "auto" and device.type == "cpu":
         return "bf16" if cpu_has_bf16() else "fp32"
-    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    if name == "auto":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    return name
 
 
 def cpu_has_bf16():
@@ -92,16 +92,14 @@ def memory_layout(device, width, batch_size):
     torch's CPU kernels corrupt memory with it: in 2.14 and 2.15 the weight gradient of a 1x1
     convolution with stride 2 and fewer channels than a vector register holds, 8 with AVX2 (any
     batch), 16 with AVX-512 (odd batches on several threads)."""
-    odd = batch_size // processes % 2 == 1
-    crashes = device.type == "cpu" and (width < 8 or width < 16 and odd)
-    return torch.contiguous_format if crashes else torch.channels_last
+    least = 16 if batch_size // processes % 2 == 1 else 8
+    return torch.contiguous_format if device.type == "cpu" and width < least else torch.channels_last
 
 
 def compile_for(device, function, choice, steps):
-    """The function compiled by Inductor, or as it is. choice: True, False, or None for CUDA and at
-    least COMPILE_STEPS steps. Where nothing can be compiled it stays as it is, with a warning."""
-    by_default = device.type == "cuda" and steps >= COMPILE_STEPS
-    if not (by_default if choice is None else choice):
+    """The function compiled by Inductor if `choice` is true, or None on CUDA for at least COMPILE_STEPS
+    steps. Where nothing can be compiled it stays as it is, with a warning."""
+    if not (device.type == "cuda" and steps >= COMPILE_STEPS if choice is None else choice):
         return function
     torch.compiler.reset()  # torch limits a function's compilations, over all runs in a process
     try:
@@ -150,8 +148,7 @@ def processor():
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:  # Linux
         model = dict(line.strip().split("\t: ") for line in file if "\t: " in line).get("model name", model)
-    bf16 = "bf16" if cpu_has_bf16() else "no bf16"
-    return f"{model} ({torch.backends.cpu.get_cpu_capability()}, {bf16})"
+    return f"{model} ({torch.backends.cpu.get_cpu_capability()}, {'' if cpu_has_bf16() else 'no '}bf16)"
 
 
 def machine(device):

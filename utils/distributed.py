@@ -11,15 +11,14 @@ from torch import distributed
 from torch.distributed.rendezvous import rendezvous
 
 from utils import cli
-from utils.cli import USER_ERRORS, another_died, fail, processes, rank
+from utils.cli import USER_ERRORS, processes, rank
 
 PATIENCE = datetime.timedelta(hours=2)  # of those that wait; torchrun ends them if another one dies
 
 
 @contextlib.contextmanager
 def joined():
-    """In the context the processes are a group: gloo exchanges what is on the host, NCCL what is on
-    GPUs. Exits with 1 where the connection breaks."""
+    """In the context the processes are a group (gloo; NCCL on GPUs). Exits with 1 where it breaks."""
     if processes == 1:
         yield
         return
@@ -32,10 +31,10 @@ def joined():
         yield
         distributed.destroy_process_group()
     except RuntimeError as error:
-        if not another_died(error):
+        if not cli.another_died(error):
             raise
         reason = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]  # without file names
-        sys.exit(fail(os.path.basename(sys.argv[0]), f"lost another process: {reason}"))
+        sys.exit(cli.fail(os.path.basename(sys.argv[0]), f"lost another process: {reason}"))
 
 
 def gather(value):
@@ -153,8 +152,7 @@ class StopRequest(cli.StopRequest):
     sent, code = None, torch.zeros(1)  # 1 + exit code, 0 for none
 
     def agreed(self):
-        """Whether to stop before this step; every process calls it in each step. A request of one
-        is known to all one step later, so that none waits."""
+        """Whether to stop before this step, asked by all in each step; one step after a request of any."""
         if processes == 1:
             return self.requested
         if self.sent:

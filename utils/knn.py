@@ -1,8 +1,5 @@
-"""Features of a frozen backbone: weighted k-nearest-neighbor classification and their geometry.
-
-Features are l2-normalized; all training images form the bank and every test image is classified.
-k = 200 neighbors vote with weight exp(similarity / 0.1); k = 1 takes the class of the nearest one.
-"""
+"""Features of a frozen backbone: k-nearest-neighbor classification and geometry. The bank holds the
+l2-normalized features of all training images; 200 of them vote with weight exp(similarity / 0.1)."""
 import torch
 import torch.nn.functional as F
 
@@ -11,26 +8,24 @@ from utils.cli import bar
 
 K = 200
 TEMPERATURE = 0.1
-RANKED = 10_000            # images whose features the effective rank is of, at most
+RANKED = 10_000            # images for the effective rank, at most
 SIMILARITIES = 25_000_000  # at a time: 100 MB, 500 queries with a bank of 50,000
 ACTIVATION = 32_768_000    # values at a time: 131 MB, 500 images of 32 pixels at width 64
 
 
 def batch_size(backbone, images):
-    """How many images [N, 3, H, W] a CIFAR ResNet takes at a time, 1 to 500: its largest activation has
-    H * W * feature_dim / 8 values for each."""
-    values = images.shape[2] * images.shape[3] * backbone.feature_dim // 8
+    """How many images [N, 3, H, W] a CIFAR ResNet takes at a time, 1 to 500."""
+    values = images.shape[2] * images.shape[3] * backbone.feature_dim // 8  # of the largest activation
     return max(1, min(500, ACTIVATION // values))
 
 
 @torch.no_grad()
 def extract_features(backbone, images, autocast, mean=MEAN, std=STD, check=lambda: None):
-    """Features of images without augmentation, in eval mode: uint8, or float in [0, 1], [N, 3, H, W],
-    on any device -> float32 [N, feature_dim]. autocast: makes the context of the precision. check:
-    called before each batch; may raise."""
+    """Features of images without augmentation, in eval mode: uint8, or float in [0, 1], [N, 3, H, W] ->
+    float32 [N, feature_dim]. autocast makes its context; check is called before each batch, may raise."""
     was_training, device = backbone.training, next(backbone.parameters()).device
-    backbone.eval()
     features, batches = [], images.split(batch_size(backbone, images))
+    backbone.eval()
     try:
         for batch in bar(batches, desc="features", unit="batch", leave=False, delay=2):
             check()
@@ -43,8 +38,7 @@ def extract_features(backbone, images, autocast, mean=MEAN, std=STD, check=lambd
 
 
 def nearest(queries, bank, k):
-    """Cosine similarities and bank indices of the k nearest bank rows of each query, [Q, k] each, most
-    similar first: queries float [Q, D], bank float [N, D]."""
+    """Cosine similarities and indices [Q, k] of the k most similar rows of the bank [N, D] to queries [Q, D]."""
     bank = F.normalize(bank, dim=1).T.contiguous()  # [D, N]
     chunks = F.normalize(queries, dim=1).split(max(1, SIMILARITIES // bank.shape[1]))
     found = [(chunk @ bank).topk(k, dim=1) for chunk in chunks]
@@ -75,15 +69,14 @@ def monitor(backbone, data, autocast, check=lambda: None):
     have classes, top-1 accuracies on all test images in percent, knn1 and knn200 (k at most N)."""
     images, labels = data.labeled() if data.has_classes else (data.train_images[:RANKED], None)
     bank = extract_features(backbone, images, autocast, check=check)
-    metrics = {"effective_rank": effective_rank(bank[:RANKED])}
+    rank = effective_rank(bank[:RANKED])
     if labels is None:
-        return metrics
+        return {"effective_rank": rank}
     queries = extract_features(backbone, data.test_images, autocast, check=check)
     similarities, indices = nearest(queries, bank, min(K, len(bank)))
-    neighbors = labels[indices]
-    predicted = vote(similarities, neighbors, TEMPERATURE, len(data.classes))
-    return {"knn1": accuracy(neighbors[:, 0], data.test_labels),
-            "knn200": accuracy(predicted, data.test_labels), **metrics}
+    predicted = vote(similarities, labels[indices], TEMPERATURE, len(data.classes))
+    knn1, knn200 = (accuracy(each, data.test_labels) for each in (labels[indices[:, 0]], predicted))
+    return {"knn1": knn1, "knn200": knn200, "effective_rank": rank}
 
 
 def accuracy(predicted, labels):
@@ -93,8 +86,7 @@ def accuracy(predicted, labels):
 
 def top_k(logits, labels, k):
     """Percentage of rows whose class is among the k largest logits: [N, C], labels int64 [N]."""
-    found = (logits.topk(k, dim=1).indices == labels[:, None]).any(dim=1)
-    return 100 * found.double().mean().item()
+    return 100 * (logits.topk(k).indices == labels[:, None]).any(dim=1).double().mean().item()
 
 
 def confusion_matrix(predicted, labels, num_classes):
@@ -112,8 +104,7 @@ def class_accuracies(confusion):
 def alignment(first, second):
     """Mean squared distance of the l2-normalized features of two views, float [N, D] each: 0 to 4,
     lower is closer (Wang & Isola, arXiv 2005.10242, Sec. 4.1, alpha = 2)."""
-    difference = F.normalize(first, dim=1) - F.normalize(second, dim=1)
-    return difference.square().sum(dim=1).double().mean().item()
+    return (2 - 2 * F.cosine_similarity(first.double(), second.double())).mean().item()
 
 
 def uniformity(features):
@@ -131,9 +122,8 @@ def spectrum(features):
 
 
 def effective_rank(features):
-    """Number of dimensions in use (RankMe: Garrido et al., arXiv 2210.02885): exp of the entropy of
-    the singular values, divided by their sum, of features float [N, D], neither centered nor
-    normalized: 1 to min(N, D). 0 if all features are 0, or one is not finite."""
+    """Number of dimensions in use, 1 to min(N, D) (RankMe, arXiv 2210.02885): exp of the entropy of the
+    normalized singular values of raw features float [N, D]. 0 if all are 0, or one is not finite."""
     features = features.double().cpu()
     if not features.isfinite().all() or not features.any():
         return 0.0

@@ -18,8 +18,7 @@ def write(folder, records):
 
 
 def read(folder, empty=False):
-    """The log as a list of dicts of numbers. Raises OSError without a log, and ValueError if it is
-    not one or, unless `empty`, has no epoch."""
+    """The log as a list of dicts of numbers. Raises OSError, and ValueError if it is none or has no epoch."""
     path = os.path.join(folder, LOG)
     if not os.path.exists(path):
         raise FileNotFoundError(f"{folder}: no {LOG}; not a run's folder")
@@ -75,17 +74,15 @@ def table(folders):
 
 
 def collapse_std(batch_size, head_bn="default"):
-    """The feature_std (healthy: about 1) below which the outputs have collapsed. Behind a batch
-    norm, 2 / sqrt(B) means that all outputs but one point the same way, 2 sqrt(2 / B) that all but
-    two do: hence 3 / sqrt(B), at most 0.6."""
+    """The feature_std (healthy: about 1) below which outputs have collapsed. Behind a batch norm, 2 / sqrt(B)
+    means that all but one point the same way, 2 sqrt(2 / B) that all but two do: 3 / sqrt(B), at most 0.6."""
     if head_bn in ("none", "hidden"):
         return COLLAPSE_STD
     return max(COLLAPSE_STD, min(3 / math.sqrt(batch_size), 0.6))
 
 
 def collapse_warning(records, settings):
-    """A warning, once, when std has been below collapse_std for COLLAPSE_EPOCHS epochs; else None.
-    settings: of the run."""
+    """A warning, once, when std has been below collapse_std for COLLAPSE_EPOCHS epochs; else None."""
     std = [record["std"] for record in records if "std" in record]
     if len(std) < COLLAPSE_EPOCHS or "std" not in records[-1]:
         return None
@@ -93,7 +90,6 @@ def collapse_warning(records, settings):
     low = [value < threshold for value in std]
     if not all(low[-COLLAPSE_EPOCHS:]) or any(low[:-COLLAPSE_EPOCHS][-1:]):  # or warned before
         return None
-    return (f"epoch {records[-1]['epoch']}: std {std[-1]:.4f}, for {COLLAPSE_EPOCHS} epochs below "
-            f"{threshold:.2g} (healthy: about 1): the outputs have collapsed, whatever the loss. "
-            "Without stop-gradient or predictor this is expected (Sec. 4); else lower --learning_rate "
-            "or raise --batch_size")
+    return (f"epoch {records[-1]['epoch']}: std {std[-1]:.4f}, for {COLLAPSE_EPOCHS} epochs below {threshold:.2g} "
+            "(healthy: about 1): the outputs have collapsed, whatever the loss. Without stop-gradient or predictor "
+            "this is expected (Sec. 4); else lower --learning_rate or raise --batch_size")

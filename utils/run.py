@@ -30,8 +30,7 @@ MAY_CHANGE = ("data_root", "cache_dir", "pretrained", "exp_dir", "trial", "eval_
 
 @dataclasses.dataclass
 class Position:
-    """Where a run is: so many steps into an epoch, both counted from 0. metrics: loss and std of
-    these steps, float32 [step, 2], on the CPU."""
+    """Steps done in an epoch, both from 0; metrics: loss and std of these, float32 [step, 2], on the CPU."""
     epoch: int = 0
     step: int = 0
     metrics: torch.Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0, 2))
@@ -46,8 +45,7 @@ def run_folder(exp_dir, trial):
 
 
 def new_folder(exp_dir, trial=None):
-    """Create exp_dir/trial, or for None the next free number; returns the path. Raises ValueError
-    if the trial exists, OSError if it cannot be created."""
+    """Create exp_dir/trial, or for None the next free number. Raises ValueError if it exists, or OSError."""
     try:
         os.makedirs(exp_dir, exist_ok=True)
         numbers = [int(name) for name in os.listdir(exp_dir) if name.isdecimal()]
@@ -70,9 +68,8 @@ def new_folder(exp_dir, trial=None):
 
 @on_first()
 def find(exp_dir, trial, resume, name):
-    """What --resume means: the run's folder and the state in its checkpoint, a file called `name`,
-    or None. A damaged one that 'auto' finds is replaced by the previous one, with a warning. Raises
-    ValueError and OSError for what cannot be resumed."""
+    """What --resume means: a run's folder and the state in its checkpoint, a file called `name`, or None; the
+    previous one if 'auto' finds a damaged one. Raises ValueError and OSError for what cannot be resumed."""
     if resume is None:
         return None, None
     if resume != "auto":
@@ -190,17 +187,16 @@ def inherited_options(path):
 
 
 def open_run(found, argv, settings, device, parts, begin):
-    """The Run, None except in the first process, and the Position to go on from, of what `find` has
-    found. argv: script and words typed. parts: what a checkpoint restores, by name. begin: when this
-    process began. Raises ValueError and OSError, and then leaves no new folder."""
+    """The Run, None but in the first process, and the Position to go on from, of what `find` has found. argv:
+    script and words typed. parts: what a checkpoint restores. begin: of this process. Leaves no new
+    folder when it raises ValueError or OSError."""
     position = Position() if found[1] is None else restore(found[1], settings, device, parts)
     return open_folder(found, argv, settings, device, parts, begin), position
 
 
 @on_first(share=False)
 def open_folder(found, argv, settings, device, parts, begin):
-    """The Run in the folder that was found, whose config.json gets another slice, or in a new one
-    with config.json and a first checkpoint."""
+    """The Run in the folder found, with another slice in config.json, or in a new one, with a checkpoint."""
     folder, state = found
     if state is not None:
         run = Run(folder, settings, device, parts, begin, state)
@@ -225,19 +221,16 @@ def open_folder(found, argv, settings, device, parts, begin):
 
 
 class Run:
-    """A run's folder, locked for this process, and what its checkpoints hold: parts, modules and
-    the like by name.
-
-    records: lines of the log. What cannot be written is a warning, and the next checkpoint tries
-    again; unsaved: why the last attempt failed, or None. saved_epoch, saved_time (a value of
-    time.monotonic): of the newest checkpoint on the disk. begin: as if the run had had no pauses.
-    """
+    """A run's folder, locked for this process, and what its checkpoints hold: parts, by name. records: lines of
+    the log. What cannot be written is a warning, and the next checkpoint tries again; unsaved: why, or None.
+    saved_epoch, saved_time: of the newest checkpoint. begin: as if the run had had no pauses."""
 
     def __init__(self, folder, settings, device, parts, begin, state=None):
         state = state or {"records": [], "epoch": -1, "time": 0.0}
         self.folder, self.settings, self.device, self.parts = folder, settings, device, parts
         self.records, self.begin = list(state["records"]), begin - state["time"]
         self.evaluated = False  # whether this process has evaluated the backbone
+        self.name = CHECKPOINT if "model" in parts else EVALUATION
         try:
             self.lock = checkpoint.lock(self.path(".lock"))
         except BlockingIOError:
@@ -257,17 +250,13 @@ class Run:
     def path(self, name):
         return os.path.join(self.folder, name)
 
-    def elapsed(self):
-        """Seconds of the run in all its slices."""
-        return time.monotonic() - self.begin
-
     def record(self, position, optimizer, images_per_step):
         """The log's record of a whole epoch, but for what is evaluated."""
         loss, std = position.metrics.double().mean(dim=0).tolist()
         speed = position.step * images_per_step / position.seconds
         return {"epoch": position.epoch + 1, "loss": loss, "std": std, "lr": optimizer.param_groups[0]["lr"],
                 "seconds": round(position.seconds, 3), "views_per_s": round(speed, 1),
-                "time": round(self.elapsed(), 3)}
+                "time": round(time.monotonic() - self.begin, 3)}
 
     def log(self, record):
         """Add a line to log.jsonl; warn of a collapse."""
@@ -284,15 +273,14 @@ class Run:
     def write(self, position):
         """Write the log, backbone.pt of a pre-training, and the checkpoint. Raises OSError."""
         log.write(self.folder, self.records)
-        name = EVALUATION
-        if "model" in self.parts:
-            name, tensors = CHECKPOINT, self.parts["model"].backbone.state_dict()
-            backbone = {key: value.cpu().contiguous() for key, value in tensors.items()}
-            checkpoint.save(self.path(BACKBONE), backbone)
-        about = {"format": FORMAT, "config": self.settings, "machine": machine(self.device)}
-        state = {"records": self.records, "time": self.elapsed(), **vars(position)}
         parts = {key: part.state_dict() for key, part in self.parts.items()}
-        checkpoint.save(self.path(name), about | state | parts, keep_previous=True)
+        if "model" in parts:
+            backbone = self.parts["model"].backbone.state_dict()
+            backbone = {key: value.cpu().contiguous() for key, value in backbone.items()}
+            checkpoint.save(self.path(BACKBONE), backbone)
+        state = {"format": FORMAT, "config": self.settings, "machine": machine(self.device), **vars(position),
+                 "records": self.records, "time": time.monotonic() - self.begin, **parts}
+        checkpoint.save(self.path(self.name), state, keep_previous=True)
         self.saved_epoch, self.saved_time = position.epoch, time.monotonic()
 
     def save(self, position):
@@ -341,8 +329,7 @@ class Run:
         if finished:
             return 0
         command = f"python {script}" if processes == 1 else f"torchrun ... {script}"
-        path = self.path(CHECKPOINT if "model" in self.parts else EVALUATION)
-        say(f"Interrupted. Resume with: {command} --resume {shlex.quote(path)}")
+        say(f"Interrupted. Resume with: {command} --resume {shlex.quote(self.path(self.name))}")
         return stop.exit_code
 
 

@@ -1,8 +1,6 @@
-"""The built-in data set: ten classes of drawn shapes in 32x32 color images, generated from a seed.
-
-Two views of an image share little but its class: all images have the same muted colors, every shape has its
-own rotation and size, light and dark shapes alternate, and they repeat, so that each crop shows some.
-"""
+"""The built-in data set: ten classes of drawn shapes in 32x32 color images, generated from a seed. Two
+views share little but the class: the same muted colors in all images, a rotation and size for each
+shape, light and dark shapes in turn, and so many that each crop shows some."""
 import math
 import os
 from multiprocessing.pool import ThreadPool
@@ -16,8 +14,7 @@ CHUNK = 1000                  # images drawn from one random state; part of what
 PITCH = (13.0, 17.0)          # from one shape to the next, in pixels
 FILL = (0.38, 0.48)           # a shape's radius over the pitch
 CELLS = 4                     # per axis; even, so that light and dark alternate
-GROUND = (0.5, 0.5, 0.5)
-CONTRAST = (0.36, 0.3, 0.24)  # between a shape, lighter or darker, and the ground
+CONTRAST = (0.36, 0.3, 0.24)  # of a shape, lighter or darker, with the gray ground
 NOISE = 0.04                  # std of the pixels' noise
 
 
@@ -27,17 +24,16 @@ def box(u, v, half_width, half_height):
 
 
 def star(u, v):
-    # Folded into a tenth of a turn, one edge is left, from a tip to the next notch.
+    """Folded into a tenth of a turn, one edge is left, from a tip to the next notch."""
     angle = np.abs((np.arctan2(v, u) / (2 * np.pi / 5) + 0.5) % 1 - 0.5) * (2 * np.pi / 5)
-    r = np.hypot(u, v)
-    notch_u, notch_v = 0.42 * math.cos(math.pi / 5), 0.42 * math.sin(math.pi / 5)
-    length = math.hypot(1.05 - notch_u, notch_v)
-    return ((r * np.cos(angle) - 1.05) * notch_v + r * np.sin(angle) * (1.05 - notch_u)) / length
+    r, notch_u, notch_v = np.hypot(u, v), 0.42 * math.cos(math.pi / 5), 0.42 * math.sin(math.pi / 5)
+    distance = (r * np.cos(angle) - 1.05) * notch_v + r * np.sin(angle) * (1.05 - notch_u)
+    return distance / math.hypot(1.05 - notch_u, notch_v)
 
 
 def dots(u, v):
-    cells = [each - 0.6 * np.clip(np.round(each / 0.6), -1, 1) for each in (u, v)]
-    return np.hypot(*cells) - 0.2
+    u, v = (each - 0.6 * np.clip(np.round(each / 0.6), -1, 1) for each in (u, v))
+    return np.hypot(u, v) - 0.2
 
 
 SHAPES = {  # signed distances, negative inside, for u and v from -1 to 1
@@ -60,7 +56,7 @@ def draw_chunk(rng):
     def per_image(low, high, *shape):
         return rng.uniform(low, high, (CHUNK, *shape)).astype(np.float32)
     labels = rng.integers(len(CLASSES), size=CHUNK)
-    # A rotated and shifted grid of cells: s, t run from -0.5 to 0.5 in each.
+    # A rotated and shifted grid of cells: s and t run from -0.5 to 0.5 in each.
     pitch, turn = per_image(*PITCH, 1, 1), per_image(-math.pi, math.pi, 1, 1)
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
     s = (np.cos(turn) * x + np.sin(turn) * y) / pitch + per_image(0, CELLS, 1, 1)
@@ -68,27 +64,24 @@ def draw_chunk(rng):
     column, row = np.floor(s), np.floor(t)
     s, t = s - column - 0.5, t - row - 0.5
     cell = (row % CELLS * CELLS + column % CELLS).astype(np.int64)
-    image = np.arange(CHUNK)[:, None, None]
     def per_cell(low, high):
-        return per_image(low, high, CELLS * CELLS)[image, cell]
+        return per_image(low, high, CELLS * CELLS)[np.arange(CHUNK)[:, None, None], cell]
     # A rotated and scaled shape in each cell: u, v run from -1 to 1 over it.
     turn, fill = per_cell(-math.pi, math.pi), per_cell(*FILL)
     u = (np.cos(turn) * s + np.sin(turn) * t) / fill
     v = (np.cos(turn) * t - np.sin(turn) * s) / fill
-    radius = fill * pitch
-    cover = np.empty((CHUNK, SIZE, SIZE), np.float32)
+    radius, cover = fill * pitch, np.empty((CHUNK, SIZE, SIZE), np.float32)
     for label, distance in enumerate(SHAPES.values()):
         rows = labels == label
         cover[rows] = np.clip(0.5 - distance(u[rows], v[rows]) * radius[rows], 0, 1)
     sign = 1 - 2 * ((row + column) % 2)
-    color = np.float32(GROUND) + (sign * cover)[..., None] * np.float32(CONTRAST)
+    color = np.float32(0.5) + (sign * cover)[..., None] * np.float32(CONTRAST)
     images = color + NOISE * rng.standard_normal((CHUNK, SIZE, SIZE, 3), np.float32)
     return np.clip(np.rint(images * 255), 0, 255).astype(np.uint8), labels
 
 
 def draw_shapes(n, seed):
-    """Draw n images from a seed: uint8 [n, 32, 32, 3], and labels int64 [n] in 0 .. 9, in random order.
-    The first m of them are draw_shapes(m, seed)."""
+    """Draw n images from a seed: uint8 [n, 32, 32, 3], and labels int64 [n]; the first m are those of n = m."""
     images = np.empty((n, 3, SIZE, SIZE), np.uint8).transpose(0, 2, 3, 1)  # NCHW in memory
     labels = np.empty(n, np.int64)
     def fill(i):
