@@ -30,12 +30,8 @@ def images(shapes, request):
     return torch.cat([real, noise, flat])
 
 
-def draw(n, seed, *size):
-    return draw_views(n, torch.Generator().manual_seed(seed), *size)
-
-
-def draws_on(device, draws):
-    return augment.Draws(*(field.to(device) for field in draws))
+def draw(n, seed, *size, device="cpu"):
+    return augment.Draws(*(field.to(device) for field in draw_views(n, torch.Generator().manual_seed(seed), *size)))
 
 
 def expected_crops(images, draws, size=32):
@@ -48,8 +44,7 @@ def expected_crops(images, draws, size=32):
 
 
 def expected_views(images, draws, size=32):
-    adjust = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
-    views = []
+    adjust, views = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue), []
     for i, view in enumerate(expected_crops(images, draws, size)):
         for operation in draws.order[i].tolist() if draws.jitter[i] else []:
             view = adjust[operation](view, float(draws.factors[i, operation]))
@@ -66,19 +61,19 @@ def difference(views, expected):
 def test_crop_and_flip_match_torchvision(images, device):
     large = torch.randint(0, 256, (20, 3, 96, 70), generator=torch.Generator().manual_seed(1)).byte()
     for batch in (images, large):
-        draws = draw(len(batch), 0, *batch.shape[2:])
+        draws = draw(len(batch), 0, *batch.shape[2:], device=device)
         assert draws.flip.any() and not draws.flip.all()
         for size in (32, 24, 16, 9, 48):
-            crops = crop_flip(batch.to(device), draws_on(device, draws), size).cpu()
+            crops = crop_flip(batch.to(device), draws, size).cpu()
             assert (crops - expected_crops(batch, draws, size)).abs().max() < 1e-5
 
 
 @on_devices
 @pytest.mark.parametrize("size", [32, 24, 16])
 def test_views_match_torchvision(images, device, size):
-    draws = draw(len(images), 2)
+    draws = draw(len(images), 2, device=device)
     assert 0 < draws.jitter.sum() < len(images) and 0 < draws.gray.sum() < len(images)
-    views = apply_views(images.to(device), draws_on(device, draws), size)
+    views = apply_views(images.to(device), draws, size)
     wrong = difference(views, expected_views(images, draws, size))
     assert wrong.max() < 2 / 255 and wrong.mean() < 1e-5
 
@@ -103,23 +98,22 @@ def test_a_view_depends_only_on_its_image_and_draws(images):
         torch.testing.assert_close(apply_views(images[rows], draws.rows(rows)), views[rows], rtol=0, atol=1e-5)
     for count in (1, 2, 4):
         several = [draw(len(images), seed) for seed in range(count)]
-        together = augment.make_views(images, several)
-        assert len(together) == count
-        for made, alone in zip(together, several):
+        for made, alone in zip(augment.make_views(images, several), several, strict=True):
             torch.testing.assert_close(made, apply_views(images, alone), rtol=0, atol=1e-5)
+    # More images than are computed at a time on a CPU.
+    for n, pixels in ((1100, 32), (130, 96)):
+        many = torch.randint(0, 256, (n, 3, pixels, pixels), generator=torch.Generator().manual_seed(2)).byte()
+        draws = draw(n, 0, pixels, pixels)
+        parts = [apply_views(many[rows], draws.rows(rows), pixels) for rows in torch.arange(n).split(50)]
+        torch.testing.assert_close(apply_views(many, draws, pixels), torch.cat(parts), rtol=0, atol=1e-5)
 
 
 @on_devices
 def test_apply_views_compiles_without_graph_breaks(images, device):
-    images, draws = images.to(device), draws_on(device, draw(len(images), 0))
+    images, draws = images.to(device), draw(len(images), 0, device=device)
     # aot_eager traces as inductor does, without its minute of code generation on a CPU.
     compiled = torch.compile(apply_views, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
     torch.testing.assert_close(compiled(images, draws), apply_views(images, draws), rtol=1e-4, atol=1e-4)
-
-
-def test_draws_are_a_function_of_the_seed():
-    assert all(torch.equal(a, b) for a, b in zip(draw(100, 7), draw(100, 7)))
-    assert not any(torch.equal(a, b) for a, b in zip(draw(100, 7), draw(100, 8)))
 
 
 def same_distribution(a, b):
@@ -131,8 +125,8 @@ def same_distribution(a, b):
 
 
 def crop_statistics(top, left, height, width):
-    sides = {"top": top, "left": left, "bottom": top + height, "right": left + width}
-    return {"area": height * width, "ratio": width / height, **sides}
+    return {"area": height * width, "ratio": width / height, "top": top, "left": left, "bottom": top + height,
+            "right": left + width}
 
 
 @pytest.mark.parametrize("height, width", [(32, 32), (16, 40)])  # (16, 40) often falls back to the central crop
@@ -140,10 +134,9 @@ def test_crops_are_distributed_as_torchvisions(height, width):
     torch.manual_seed(0)
     crop, empty = transforms.RandomResizedCrop(32, (0.2, 1.0)), torch.empty(3, height, width)
     theirs = crop_statistics(*np.array([crop.get_params(empty, crop.scale, crop.ratio) for _ in range(N)], float).T)
-    ours = crop_statistics(*(field.double().numpy() for field in draw(N, 1, height, width)[:4]))
-    for name in ours:
-        assert same_distribution(ours[name], theirs[name]), name
-    other = crop_statistics(*(field.double().numpy() for field in draw(N, 1, height, width, (0.25, 1.0))[:4]))
+    ours, other = (crop_statistics(*(field.double().numpy() for field in draw(N, 1, height, width, scale)[:4]))
+                   for scale in ((0.2, 1.0), (0.25, 1.0)))
+    assert all(same_distribution(ours[name], theirs[name]) for name in ours)
     assert not same_distribution(other["area"], theirs["area"])
 
 
@@ -152,6 +145,8 @@ def test_jitter_is_distributed_as_torchvisions():
     jitter = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)
     theirs = [jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) for _ in range(N)]
     draws = draw(N, 1)
+    assert all(torch.equal(a, b) for a, b in zip(draw(N, 1), draws))
+    assert not any(torch.equal(a, b) for a, b in zip(draw(N, 2), draws))
     for operation in range(4):
         assert same_distribution(draws.factors[:, operation].numpy(), np.array([row[1 + operation] for row in theirs]))
     orders, counts = np.unique(draws.order.numpy(), axis=0, return_counts=True)
@@ -163,8 +158,7 @@ def test_jitter_is_distributed_as_torchvisions():
 
 @pytest.mark.parametrize("name, transform", [
     ("flip", transforms.RandomHorizontalFlip(0.5)), ("gray", transforms.RandomGrayscale(0.2)),
-    ("jitter", transforms.RandomApply([lambda view: view + 1], 0.8)),
-])
+    ("jitter", transforms.RandomApply([lambda view: view + 1], 0.8))])
 def test_flips_jitter_and_grayscale_are_as_frequent_as_torchvisions(name, transform):
     torch.manual_seed(0)
     image = torch.tensor([0.0, 1.0]).expand(3, 1, 2) * torch.tensor([1.0, 0.5, 0.2]).view(3, 1, 1)
@@ -174,13 +168,3 @@ def test_flips_jitter_and_grayscale_are_as_frequent_as_torchvisions(name, transf
     assert abs(ours - theirs) < 4 * math.sqrt(0.25 / N + 0.25 / 4000)
     changes = (drawn[1:] ^ drawn[:-1]).double().mean().item()  # images are independent
     assert abs(changes - 2 * ours * (1 - ours)) < 4 * math.sqrt(0.25 / N)
-
-
-@pytest.mark.parametrize("n, pixels", [(1100, 32), (130, 96)])
-def test_a_large_batch_is_made_as_its_parts(n, pixels):
-    """More images than are computed at a time on a CPU."""
-    generator = torch.Generator().manual_seed(2)
-    images = torch.randint(0, 256, (n, 3, pixels, pixels), generator=generator).byte()
-    draws = draw(n, 0, pixels, pixels)
-    parts = [apply_views(images[rows], draws.rows(rows), pixels) for rows in torch.arange(n).split(50)]
-    torch.testing.assert_close(apply_views(images, draws, pixels), torch.cat(parts), rtol=0, atol=1e-5)

@@ -1,6 +1,7 @@
 """Backbone, heads, losses and variants against torchvision, the paper's counts and written-out forms."""
 import math
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -43,21 +44,17 @@ def test_resnets_match_torchvision_with_a_cifar_stem(arch):
     reference.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
     reference.maxpool = reference.fc = nn.Identity()
     for name in ("layer1.0.conv1.weight", "layer4.1.conv2.weight", "layer3.0.downsample.0.weight"):
-        initial = [model.state_dict()[name].std().item() for model in (backbone, reference)]
-        assert initial[0] == pytest.approx(initial[1], rel=0.05)
+        ours, theirs = (model.state_dict()[name].std().item() for model in (backbone, reference))
+        assert ours == pytest.approx(theirs, rel=0.05)
     reference.load_state_dict(backbone.state_dict())
     x = torch.randn(4, 3, 16, 16)
     for training in (True, False):
         backbone.train(training), reference.train(training)
         torch.testing.assert_close(backbone(x), reference(x), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("arch, factor", [("resnet18", 8), ("resnet34", 8), ("resnet50", 32)])
-def test_features_are_proportional_to_the_width_at_any_image_size(arch, factor):
-    backbone = simsiam.ARCHS[arch](width=6)
-    assert backbone.feature_dim == 6 * factor
+    narrow = simsiam.ARCHS[arch](width=6)
+    assert narrow.feature_dim == 6 * {"resnet18": 8, "resnet34": 8, "resnet50": 32}[arch]
     for size in ((8, 8), (9, 15), (32, 32), (33, 64)):
-        assert backbone(torch.randn(2, 3, *size)).shape == (2, 6 * factor)
+        assert narrow(torch.randn(2, 3, *size)).shape == (2, narrow.feature_dim)
 
 
 def test_networks_have_the_papers_number_of_parameters():
@@ -71,30 +68,25 @@ def test_networks_have_the_papers_number_of_parameters():
         variant(num_proj_layers=0)
 
 
-@pytest.mark.parametrize("head_bn, projector, predictor", [  # the rows of Table 3
-    ("none", "Linear+bias ReLU Linear+bias", "Linear+bias ReLU Linear+bias"),
-    ("hidden", "Linear BatchNorm1d+bias ReLU Linear+bias", "Linear BatchNorm1d+bias ReLU Linear+bias"),
-    ("default", "Linear BatchNorm1d+bias ReLU Linear BatchNorm1d", "Linear BatchNorm1d+bias ReLU Linear+bias"),
-    ("all", "Linear BatchNorm1d+bias ReLU Linear BatchNorm1d", "Linear BatchNorm1d+bias ReLU Linear BatchNorm1d"),
-])
+@pytest.mark.parametrize("head_bn, projector, predictor", [  # the rows of Table 3; + for a layer with a bias
+    ("none", "Linear+ ReLU Linear+", "Linear+ ReLU Linear+"),
+    ("hidden", "Linear BatchNorm1d+ ReLU Linear+", "Linear BatchNorm1d+ ReLU Linear+"),
+    ("default", "Linear BatchNorm1d+ ReLU Linear BatchNorm1d", "Linear BatchNorm1d+ ReLU Linear+"),
+    ("all", "Linear BatchNorm1d+ ReLU Linear BatchNorm1d", "Linear BatchNorm1d+ ReLU Linear BatchNorm1d")])
 def test_head_bn_places_the_batch_norms_of_the_paper(head_bn, projector, predictor):
-    def words(head):
-        return " ".join(type(layer).__name__ + "+bias" * (getattr(layer, "bias", None) is not None) for layer in head)
-
-    assert [words(head) for head in list(variant(head_bn=head_bn).children())[1:]] == [projector, predictor]
-
-
-def test_state_dict_holds_every_tensor_once():
-    state = variant().state_dict()
+    model = variant(head_bn=head_bn)
+    for head, expected in ((model.projector, projector), (model.predictor, predictor)):
+        words = [type(layer).__name__ + ("+" if getattr(layer, "bias", None) is not None else "") for layer in head]
+        assert " ".join(words) == expected
+    state = variant().state_dict()  # each tensor once
     assert {name.split(".")[0] for name in state} == {"backbone", "projector", "predictor"}
     assert len({value.data_ptr() for value in state.values()}) == len(state)
 
 
 def test_each_view_has_its_own_batch_statistics():
-    model = variant()
-    x1, x2 = VIEWS[0], 3 * VIEWS[1] + 1
-    p1, p2, z1, z2 = model(x1, x2)
-    for x, p, z in ((x1, p1, z1), (x2, p2, z2)):
+    model, views = variant(), (VIEWS[0], 3 * VIEWS[1] + 1)
+    p1, p2, z1, z2 = model(*views)
+    for x, p, z in zip(views, (p1, p2), (z1, z2)):
         alone = model.projector(model.backbone(x))
         torch.testing.assert_close(z, alone.detach())
         torch.testing.assert_close(p, model.predictor(alone))
@@ -104,24 +96,16 @@ def test_targets_pass_no_gradient():
     model = variant()
     with torch.no_grad():
         z1, z2 = (model.projector(model.backbone(x)) for x in VIEWS)
-
-    def loss(p1, p2, *_):
-        return -(nn.functional.cosine_similarity(p1, z2).mean() + nn.functional.cosine_similarity(p2, z1).mean()) / 2
-
-    assert_same_gradients(gradients(variant()), gradients(model, loss))
+    assert_same_gradients(gradients(variant()), gradients(model, lambda p1, p2, *_: -(
+        F.cosine_similarity(p1, z2).mean() + F.cosine_similarity(p2, z1).mean()) / 2))
 
 
 def test_without_stop_gradient_the_targets_learn_too():
-    def loss_of_targets(p1, p2, z1, z2):
-        return simsiam.simsiam_loss(p1.detach(), p2.detach(), z1, z2)
-
     both, stopped = gradients(variant(stop_gradient=False)), gradients(variant())
-    of_targets = gradients(variant(stop_gradient=False), loss_of_targets)
+    of_targets = gradients(variant(stop_gradient=False), lambda p1, p2, z1, z2: simsiam.simsiam_loss(
+        p1.detach(), p2.detach(), z1, z2))
     assert_same_gradients(both, {name: value + of_targets.get(name, 0) for name, value in stopped.items()})
-
-
-def test_without_predictor_the_stop_gradient_only_halves_the_gradient():
-    """Sec. 4.2: "using stop-gradient is equivalent to removing stop-gradient and scaling the loss by 1/2"."""
+    # Sec. 4.2, without predictor: "equivalent to removing stop-gradient and scaling the loss by 1/2".
     stopped, free = (gradients(variant(predictor="none", stop_gradient=stop)) for stop in (True, False))
     assert_same_gradients({name: 2 * gradient for name, gradient in stopped.items()}, free)
 
@@ -138,13 +122,10 @@ def test_predictor_is_fixed_or_absent():
 
 def test_losses_are_the_papers_formulas():
     p1, p2, z1, z2 = torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(0))
-
     def cosine(p, z):  # Eq. 1, row by row
         return torch.stack([-(a / a.norm()) @ (b / b.norm()) for a, b in zip(p, z)]).mean()
-
     def cross_entropy(p, z):  # Sec. 4.5, row by row
         return torch.stack([-(b.exp() / b.exp().sum()) @ (a.exp() / a.exp().sum()).log() for a, b in zip(p, z)]).mean()
-
     for distance, expected in ((simsiam.negative_cosine, cosine), (simsiam.cross_entropy, cross_entropy)):
         symmetric = simsiam.simsiam_loss(p1, p2, z1, z2, distance)
         torch.testing.assert_close(symmetric, expected(p1, z2) / 2 + expected(p2, z1) / 2)
@@ -160,25 +141,20 @@ def test_feature_std_is_1_for_spread_and_0_for_constant_outputs():
     # Two opposite unit vectors in 4 dimensions, each half of the time: std 1 in one channel, 0 in three.
     opposite = torch.tensor([[7.0, 0, 0, 0], [-3, 0, 0, 0]]).repeat(500, 1)
     assert simsiam.feature_std(opposite).item() == pytest.approx(2 / 4, rel=1e-3)
-
-
-@pytest.mark.parametrize("batch", [32, 512])
-def test_feature_std_of_a_collapse_behind_a_batch_norm(batch):
-    """2 / sqrt(B) where all outputs but one point the same way, sqrt(2) times that, nearly, where all but two do."""
-    bn = nn.BatchNorm1d(32, affine=False)
-    outputs = torch.zeros(batch, 32)
-    outputs[3] = torch.randn(32, generator=torch.Generator().manual_seed(0)).sign()
-    assert simsiam.feature_std(bn(outputs)).item() == pytest.approx(2 / math.sqrt(batch), rel=1e-3)
-    outputs[4] = outputs[3]
-    assert simsiam.feature_std(bn(outputs)).item() == pytest.approx(2 * math.sqrt(2 / batch), rel=2 / batch)
+    # Behind a batch norm 2 / sqrt(B) where all outputs but one point the same way, nearly sqrt(2) times that with two.
+    for batch in (32, 512):
+        bn, outputs = nn.BatchNorm1d(32, affine=False), torch.zeros(batch, 32)
+        outputs[3] = torch.randn(32).sign()
+        assert simsiam.feature_std(bn(outputs)).item() == pytest.approx(2 / math.sqrt(batch), rel=1e-3)
+        outputs[4] = outputs[3]
+        assert simsiam.feature_std(bn(outputs)).item() == pytest.approx(2 * math.sqrt(2 / batch), rel=2 / batch)
 
 
 @pytest.mark.parametrize("size, stride", [(1, 1), (2, 1), (4, 1), (4, 2), (5, 2), (8, 2)])
 def test_a_convolution_as_a_matrix_product_is_the_convolution(size, stride):
-    generator = torch.Generator().manual_seed(0)
     results = []
     for function in (conv_as_matmul, partial(F.conv2d, padding=1)):
-        generator.manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         x = torch.randn(3, 5, size, size, generator=generator, dtype=torch.float64, requires_grad=True)
         weight = torch.randn(7, 5, 3, 3, generator=generator, dtype=torch.float64, requires_grad=True)
         y = function(x, weight, stride=stride)
@@ -190,20 +166,16 @@ def test_a_convolution_as_a_matrix_product_is_the_convolution(size, stride):
 
 def test_small_maps_in_bf16_take_the_matrix_product(monkeypatch):
     """At width 64 the maps of layer4 at 32 pixels; at any width those of 2 pixels; and nothing in float32."""
-    seen, usual = [], simsiam.resnet.conv_as_matmul
-
-    def recorded(x, weight, stride):
-        seen.append(tuple(weight.shape[:2]))
-        return usual(x, weight, stride)
-
+    torch.manual_seed(0)
+    recorded = mock.Mock(wraps=conv_as_matmul)
     monkeypatch.setattr(simsiam.resnet, "conv_as_matmul", recorded)
-    for width, size, expected in ((64, 32, [(512, 256), (512, 512), (512, 512), (512, 512)]), (4, 32, []),
-                                  (4, 16, [(32, 16), (32, 32), (32, 32), (32, 32)])):
-        generator = torch.Generator().manual_seed(0)
-        model, images = simsiam.resnet18(width), torch.randn(8, 3, size, size, generator=generator)
-        seen.clear()
+    for width, size, expected in ((64, 32, [(512, 256)] + 3 * [(512, 512)]), (4, 32, []),
+                                  (4, 16, [(32, 16)] + 3 * [(32, 32)])):
+        model, images = simsiam.resnet18(width), torch.randn(8, 3, size, size)
+        recorded.reset_mock()
         exact = model(images)
-        assert seen == []
+        assert not recorded.called
         with torch.autocast("cpu", torch.bfloat16):
             features = model(images)
-        assert seen == expected and (features - exact).norm() < 0.1 * exact.norm()
+        assert [call.args[1].shape[:2] for call in recorded.call_args_list] == expected
+        assert (features - exact).norm() < 0.1 * exact.norm()

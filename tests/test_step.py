@@ -10,7 +10,7 @@ import torch
 import main as pretraining
 import simsiam
 from conftest import SMALL
-from simsiam.resnet import BasicBlock, conv_bn
+from simsiam.resnet import Block, conv_bn
 from utils import checkpoint, log
 from utils.augment import apply_views
 from utils.device import compile_for, select_precision
@@ -237,8 +237,8 @@ def compare_compiled(shapes, device):
     for compiled in (False, True):
         args = settings(compile=compiled, width=8)
         torch.manual_seed(0)
-        backbone = torch.nn.Sequential(*conv_bn(3, 8, 3, stride=2), torch.nn.ReLU(), BasicBlock(8, 16, 2),
-                                       BasicBlock(16, 32, 2), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+        backbone = torch.nn.Sequential(*conv_bn(3, 8, 3, stride=2), torch.nn.ReLU(), Block(8, 16, 2),
+                                       Block(16, 32, 2), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
         backbone.feature_dim = 32
         model = simsiam.SimSiam(backbone, 64, 32).to(device, memory_format=torch.channels_last)
         order, draws = pretraining.draw_epoch(args, 0, images, device)

@@ -52,24 +52,25 @@ def summary(records):
     return words + "{views_per_s:,.0f} views/s".format(**records[-1])
 
 
+def row(folder):
+    """The last metrics of a run as a dict: a row of the table."""
+    records, path = read(folder), os.path.join(folder, "config.json")
+    cells = {"run": os.path.basename(os.path.normpath(folder))} | {key: last(records, key) for key in TABLE}
+    cells["untrained knn200"] = records[0].get("knn200") if records[0]["epoch"] == 0 else None
+    cells["best test_top1"] = max((each["test_top1"] for each in records if "test_top1" in each), default=None)
+    cells["minutes"] = (last(records, "time") or sum(each.get("seconds", 0) for each in records)) / 60
+    cells["device"] = checkpoint.read_json(path).get("device") if os.path.exists(path) else None
+    return {key: value for key, value in cells.items() if value is not None}
+
+
 def table(folders):
     """The last metrics of runs as a Markdown table. Raises OSError and ValueError without a log."""
-    rows = []
-    for folder in folders:
-        records, path = read(folder), os.path.join(folder, "config.json")
-        row = {"run": os.path.basename(os.path.normpath(folder))}
-        row |= {key: last(records, key) for key in TABLE}
-        row["untrained knn200"] = records[0].get("knn200") if records[0]["epoch"] == 0 else None
-        row["best test_top1"] = max(each.get("test_top1", -1) for each in records) if row["test_top1"] else None
-        seconds = last(records, "time") or sum(record.get("seconds", 0) for record in records)
-        row["minutes"] = seconds / 60
-        row["device"] = checkpoint.read_json(path).get("device") if os.path.exists(path) else None
-        rows.append({key: value for key, value in row.items() if value is not None})
-    keys = list(dict.fromkeys(key for row in rows for key in row))
+    rows = [row(folder) for folder in folders]
+    keys = list(dict.fromkeys(key for cells in rows for key in cells))
     lines = [keys, ["---"] * len(keys)]
-    for row in rows:
-        cells = [row.get(key, "–") for key in keys]
-        lines.append([f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells])
+    for cells in rows:
+        values = [cells.get(key, "–") for key in keys]
+        lines.append([f"{value:.2f}" if isinstance(value, float) else str(value) for value in values])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
