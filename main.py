@@ -23,7 +23,7 @@ import torch  # after utils, which sets OpenMP up
 import simsiam
 
 LR_PER_256 = 0.03  # learning rate for a batch of 256 (appendix D)
-SAVE_SECONDS = 60  # between checkpoints, which slow down short epochs
+SAVE_SECONDS = 60  # at least, between checkpoints, which take time
 
 
 def make_parser():
@@ -76,17 +76,18 @@ class Setup(NamedTuple):
 # ---- set-up
 
 
-def set_up(parser, args, argv, begin):
+def set_up(parser, args, argv, began):
     """The Setup, the run (None but in the first process), and the Position to train from."""
     found = runs.find(args.exp_dir, args.trial, args.resume, runs.CHECKPOINT)
-    if found[1] is not None:
-        args = runs.resumed_args(parser, argv, found[1]["config"])
+    _, state = found
+    if state is not None:
+        args = runs.resumed_args(parser, argv, state["config"])
     setup = prepare(args)
-    _, device, data, model, optimizer, scaler = setup
+    args, device, data, model, optimizer, scaler = setup
     order, draws = draw_epoch(args, 0, data.train_images, device)
-    distributed.require_same("other images", [args.data_digest, order.tolist()])
+    distributed.require_same("images", [args.data_digest, order.tolist()])
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    run, position = runs.open_run(found, ["main.py", *argv], vars(args), device, parts, begin)
+    run, position = runs.open_run(found, ["main.py", *argv], vars(args), device, parts, began)
     if run:
         report.begin(run, data, order, draws)
     return setup, run, position
@@ -94,7 +95,7 @@ def set_up(parser, args, argv, begin):
 
 @distributed.in_turns
 def prepare(args):
-    """Complete and check the settings, and make what they say."""
+    """Complete and check args, in place; make the Setup."""
     device = devices.select_device(args.gpu)
     devices.set_determinism(args.deterministic)
     args.precision = devices.select_precision(args.precision, device)
@@ -155,8 +156,8 @@ def draw_epoch(args, epoch, images, device):
 
 
 def make_forward(args, model, device):
-    """The forward pass of a step: images uint8 [B, 3, H, W], pixels of the views, a list of Draws
-    -> loss and feature_std, float32 scalars. On CUDA compiled, for each size."""
+    """The forward pass of a step: images uint8 [B, 3, H, W], size of the views, a list of Draws
+    -> loss and feature_std, float32 scalars. Compiled by --compile, for each size."""
     autocast = devices.autocast(device, args.precision)
     layout = devices.memory_layout(device, args.width, args.batch_size)
     distance, loss_of = simsiam.DISTANCES[args.similarity], simsiam.LOSSES[args.symmetry]
@@ -172,8 +173,8 @@ def make_forward(args, model, device):
             stds.append(simsiam.feature_std(z1).detach())
         return sum(losses) / len(losses), sum(stds) / len(stds)
 
-    whole = distributed.processes == 1 or args.bn_batch < args.batch_size  # SyncBN breaks it
-    if whole or args.compile is not None:
+    local = distributed.processes == 1 or args.bn_batch < args.batch_size  # SyncBN cuts the graph
+    if local or args.compile is not None:
         forward = devices.compile_for(device, forward, args.compile, args.epochs * args.steps)
     return distributed.average_gradients(model, forward)
 
@@ -200,7 +201,7 @@ def pretrain(setup, run, position, stop):
                     break
                 rows = distributed.rows_of_step(step, args.batch_size)
                 images = data.train_images[order[rows]].to(device, non_blocking=True)
-                loss, std = forward(images, sizes[epoch], [view.rows(rows) for view in draws])
+                loss, std = forward(images, sizes[epoch], [each.rows(rows) for each in draws])
                 optimizer.zero_grad(set_to_none=True)
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
@@ -224,25 +225,25 @@ def pretrain(setup, run, position, stop):
 def end_epoch(setup, run, position, stop, progress):
     """Checkpoint, kNN, log, plots after an epoch, or after a stop in it. Returns the position to go
     on from, and the exit code if the run ends here."""
-    args, epoch = setup.args, position.epoch + 1
+    args, ended = setup.args, position.epoch + 1
     problem = run.not_finite(position)
     if problem:
         return position, cli.fail("main.py", problem)
     whole = position.step == args.steps
-    evaluated = whole and (epoch % args.eval_freq == 0 or epoch == args.epochs)
-    outdated = time.monotonic() - run.saved_time >= SAVE_SECONDS
-    if outdated or evaluated and not run.evaluated:  # kNN may need more memory
+    due = whole and (ended % args.eval_freq == 0 or ended == args.epochs)
+    outdated = whole and time.monotonic() - run.saved_time >= SAVE_SECONDS
+    if outdated or due and not run.evaluated:  # a first kNN may run out of memory
         run.save(position)
     if whole:
         record = run.record(position, setup.optimizer, args.views * args.batch_size)
-        with contextlib.suppress(cli.Stopped):  # the resumed run repeats it
-            run.log(record | (evaluate(setup, run, stop) if evaluated else {}))
-            progress.advance(epoch, log.summary(run.records), keep=evaluated)
-            position = runs.Position(epoch)
+        with contextlib.suppress(cli.Stopped):  # in kNN, which a resumed run repeats
+            run.log(record | (evaluate(setup, run, stop) if due else {}))
+            progress.advance(ended, log.summary(run.records), keep=due)
+            position = runs.Position(ended)
     finished = position.epoch == args.epochs
     if stop.requested or finished:
         run.save(position)
-    if stop.requested or evaluated:
+    if stop.requested or due:
         with run.optional("plots"):
             report.draw_run(run.folder)
     return position, run.exit_code("main.py", stop, finished)
@@ -266,13 +267,13 @@ def evaluate_untrained(setup, run, stop):
 
 
 def main(argv=None):
-    begin, argv = time.monotonic(), sys.argv[1:] if argv is None else argv
+    began, argv = time.monotonic(), sys.argv[1:] if argv is None else argv
     parser = make_parser()
     args = parser.parse_args(argv)
     with devices.memory_errors("main.py", "lower --batch_size or --width"), distributed.joined():
         with parser.user_errors():
-            setup, run, position = set_up(parser, args, argv, begin)
-        stop = distributed.StopRequest(args.max_minutes, begin)
+            setup, run, position = set_up(parser, args, argv, began)
+        stop = distributed.StopRequest(args.max_minutes, began)
         with run or contextlib.nullcontext(), stop:
             if setup.args.untrained and position.epoch == position.step == 0:
                 evaluate_untrained(setup, run, stop)

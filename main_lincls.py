@@ -54,28 +54,13 @@ def make_parser():
 
 
 class Setup(NamedTuple):
-    """What is trained, with which settings, on what; all training images have labels."""
+    """What is trained, how, and on what; all training images have labels."""
     args: argparse.Namespace
     device: torch.device
     data: Dataset
     backbone: torch.nn.Module
     classifier: torch.nn.Linear
     optimizer: torch.optim.SGD  # for --features augmented
-
-
-# ---- set-up: all that the user's input can make fail
-
-
-def set_up(parser, args, argv, begin):
-    """The Setup, the run, and the Position to train from."""
-    if args.resume is not None and args.evaluate is not None:
-        raise ValueError("--evaluate trains nothing that could be resumed")
-    found = runs.find(args.exp_dir, args.trial, args.resume, runs.EVALUATION)
-    if found[1] is not None:
-        args = runs.resumed_args(parser, argv, found[1]["config"])
-    setup = prepare(args)
-    parts, words = {"classifier": setup.classifier, "optimizer": setup.optimizer}, [parser.prog, *argv]
-    return setup, *runs.open_run(found, words, vars(args), setup.device, parts, begin)
 
 
 def prepare(args):
@@ -123,13 +108,10 @@ def make_classifier(args, feature_dim):
     except (ValueError, RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{args.evaluate} is no classifier of these features: {reason}") from error
-    beside = os.path.join(os.path.dirname(args.evaluate), runs.RESULTS)
-    if os.path.exists(beside) and checkpoint.read_json(beside).get("backbone") != args.backbone:
+    results = os.path.join(os.path.dirname(args.evaluate), runs.RESULTS)
+    if os.path.exists(results) and checkpoint.read_json(results).get("backbone") != args.backbone:
         cli.warn(f"{args.evaluate} was trained on other features than those of {args.pretrained}")
     return classifier
-
-
-# ---- training and testing
 
 
 def train_sgd(setup, run, position, test_features, stop):
@@ -288,19 +270,23 @@ def finish(setup, run, test_features):
 
 
 def main(argv=None):
-    begin, argv = time.monotonic(), sys.argv[1:] if argv is None else argv
+    began, argv = time.monotonic(), sys.argv[1:] if argv is None else argv
     parser = make_parser()
     args = parser.parse_args(argv)
     with devices.memory_errors("main_lincls.py", "lower --batch_size"):
         with parser.user_errors():
-            setup, run, position = set_up(parser, args, argv, begin)
-        with run, cli.StopRequest(args.max_minutes, begin) as stop:
-            if setup.args.resume and os.path.exists(run.path(runs.RESULTS)):
+            found = runs.find(args.exp_dir, args.trial, args.resume, runs.EVALUATION)
+            if found[1] is not None:
+                args = runs.resumed_args(parser, argv, found[1]["config"])
+            setup, command = prepare(args), ["main_lincls.py", *argv]
+            parts = {"classifier": setup.classifier, "optimizer": setup.optimizer}
+            run, position = runs.open_run(found, command, vars(args), setup.device, parts, began)
+        with run, cli.StopRequest(args.max_minutes, began) as stop:
+            if found[1] is not None and os.path.exists(run.path(runs.RESULTS)):
                 cli.say(f"{run.folder}: already finished, see {runs.RESULTS}")
                 return 0
-            cli.info(f"{run.folder}: {args.dataset}, {len(setup.data.train_images)} images of "
-                     f"{setup.args.image_size} pixels, {devices.describe(setup.device)}, "
-                     f"{setup.args.precision}")
+            cli.info(f"{run.folder}: {args.dataset}, {len(setup.data.train_images)} images of {args.image_size} "
+                     f"pixels, {devices.describe(setup.device)}, {args.precision}")
             return evaluate(setup, run, position, stop)
 
 

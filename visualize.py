@@ -4,7 +4,7 @@
     python visualize.py --pretrained CHECKPOINT --output plots data
 
 Writes neighbors.png, map.png (test features by t-SNE, or by principal components without scikit-learn),
-knn-confusion.png, spectrum.png, features.json (kNN, alignment, uniformity, effective rank). Minutes on a CPU.
+knn-confusion.png, spectrum.png, features.json (kNN, effective rank). Minutes on a CPU.
 """
 import os
 
@@ -35,27 +35,17 @@ def make_parser():
 def measure(backbone, data, args, device):
     """The metrics of features.json, the l2-normalized test features, float32 [N, D], the indices of
     their nearest training images, int64 [N, k], and their classes by kNN, int64 [N]."""
-    def extract(images):
-        autocast = devices.autocast(device, args.precision)
-        return knn.extract_features(backbone, images, autocast, args.mean, args.std)
-
-    images, labels, alignment = data.test_images, data.test_labels, 0.0
-    generator, size = augment.epoch_generator(0, 0, device), images.shape[2]
-    draws = [augment.draw_views(len(images), generator, size, size) for _ in range(2)]
-    for rows in torch.arange(len(images)).split(knn.batch_size(backbone, images)):
-        views = augment.make_views(images[rows].to(device), [each.rows(rows) for each in draws], size)
-        features = [extract(augment.denormalize(view)) for view in views]
-        alignment += knn.alignment(*features) * len(rows) / len(images)
-    bank, queries = extract(data.train_images), extract(images)
+    bank, queries = (
+        knn.extract_features(backbone, images, devices.autocast(device, args.precision), args.mean, args.std)
+        for images in (data.train_images, data.test_images))
     similarities, indices = knn.nearest(queries, bank, min(knn.K, len(bank)))
-    neighbors, unit = data.train_labels[indices], F.normalize(queries, dim=1)
+    neighbors, labels = data.train_labels[indices], data.test_labels
     predicted = knn.vote(similarities, neighbors, knn.TEMPERATURE, len(data.classes))
     metrics = {
         "knn1": knn.accuracy(neighbors[:, 0], labels), "knn200": knn.accuracy(predicted, labels),
-        "alignment": alignment, "uniformity": knn.uniformity(unit),
-        "effective_rank": knn.effective_rank(queries), "feature_dim": unit.shape[1],
+        "effective_rank": knn.effective_rank(queries), "feature_dim": queries.shape[1],
     }
-    return metrics, unit, indices, predicted
+    return metrics, F.normalize(queries, dim=1), indices, predicted
 
 
 def plot_neighbors(folder, data, indices):

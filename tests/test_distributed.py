@@ -224,10 +224,10 @@ def test_bad_input_is_one_line_of_one_process(here, args, words):
 def test_processes_that_draw_other_images_do_not_train(monkeypatch):
     monkeypatch.setattr(distributed, "processes", 2)
     monkeypatch.setattr(distributed, "gather", lambda value: [value, [3, 2, 1]])
-    with pytest.raises(ValueError, match="the processes have another order"):
-        distributed.require_same("another order", [1, 2, 3])
+    with pytest.raises(ValueError, match="the processes have different images"):
+        distributed.require_same("images", [1, 2, 3])
     monkeypatch.setattr(distributed, "gather", lambda value: [value, value])
-    distributed.require_same("another order", [1, 2, 3])
+    distributed.require_same("images", [1, 2, 3])
 
 
 def test_each_process_takes_a_gpu_of_its_own(monkeypatch):

@@ -145,11 +145,6 @@ def test_visualize_takes_any_checkpoint(finished_run, tmp_path, drawn, shapes, m
 
 def test_metrics_of_features_are_those_of_their_papers():
     features = torch.randn(300, 16, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 17)
-    unit = F.normalize(features.double(), dim=1)
-    pairs = [(-2 * (unit[i] - unit[:i]).square().sum(dim=1)).exp() for i in range(1, 300)]
-    assert knn.uniformity(features) == pytest.approx(torch.cat(pairs).mean().log().item(), abs=1e-5)
-    expected = 2 - 2 * F.cosine_similarity(features, features.roll(1, dims=0)).mean().item()
-    assert knn.alignment(features, 3 * features.roll(1, dims=0)) == pytest.approx(expected, abs=1e-5)
     centered = features.double() - features.double().mean(dim=0)
     assert torch.allclose(knn.spectrum(features), torch.linalg.svdvals(centered).square() / 299)
     shares = F.normalize(torch.linalg.svdvals(features.double()), p=1, dim=0)

@@ -90,7 +90,7 @@ def in_turns(function):
 def require_same(what, value):
     """Raise ValueError, in all processes, unless the value is the same in all."""
     if processes > 1 and any(theirs != value for theirs in gather(value)):
-        raise ValueError(f"the processes have {what}: other hardware or files?")
+        raise ValueError(f"the processes have different {what}: other files, or another kind of GPU?")
 
 
 def batch_norm_size(batch_size, sync_bn, device):

@@ -101,19 +101,6 @@ def class_accuracies(confusion):
     return [100 * correct / total if total else None for correct, total in counts]
 
 
-def alignment(first, second):
-    """Mean squared distance of the l2-normalized features of two views, float [N, D] each: 0 to 4,
-    lower is closer (Wang & Isola, arXiv 2005.10242, Sec. 4.1, alpha = 2)."""
-    return (2 - 2 * F.cosine_similarity(first.double(), second.double())).mean().item()
-
-
-def uniformity(features):
-    """log of the mean over all pairs of exp(-2 distance^2) of l2-normalized features float [N, D]:
-    0 if all are equal, lower is more uniform (Sec. 4.1.2 there, t = 2). Takes 2 N^2 bytes."""
-    similar = torch.pdist(F.normalize(features, dim=1)).square_().mul_(-2).exp_()
-    return similar.mean(dtype=torch.float64).log().item()
-
-
 def spectrum(features):
     """Eigenvalues of the covariance of features float [N, D], largest first: float64 [D] on the CPU.
     Collapsed dimensions have 0 (Jing et al., arXiv 2110.09348, Sec. 3)."""

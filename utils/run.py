@@ -63,9 +63,6 @@ def new_folder(exp_dir, trial=None):
     raise ValueError(f"--trial {trial}: {path} exists; choose another name, or --resume it")
 
 
-# ---- which run to resume
-
-
 @on_first()
 def find(exp_dir, trial, resume, name):
     """What --resume means: a run's folder and the state in its checkpoint, a file called `name`, or None; the
@@ -151,9 +148,6 @@ def restore(state, settings, device, parts):
     return position
 
 
-# ---- config.json
-
-
 def slice_now(device, epoch):
     """What a start of a run is recorded by: when, from which epoch, with what code, on what. The commit
     has '-dirty' if tracked files differ, and is None outside git."""
@@ -183,36 +177,31 @@ def inherited_options(path):
     return {name: settings.get(name) for name in ("image_size", "test_share")}
 
 
-# ---- the folder of a run that is going on
-
-
-def open_run(found, argv, settings, device, parts, begin):
-    """The Run, None but in the first process, and the Position to go on from, of what `find` has found. argv:
-    script and words typed. parts: what a checkpoint restores. begin: of this process. Leaves no new
-    folder when it raises ValueError or OSError."""
+def open_run(found, command, settings, device, parts, began):
+    """The Run, None but in the first process, and the Position to go on from, of what `find` has found.
+    command: script and words typed. parts: what a checkpoint restores. began: when this process did.
+    Leaves no new folder when it raises ValueError or OSError."""
     position = Position() if found[1] is None else restore(found[1], settings, device, parts)
-    return open_folder(found, argv, settings, device, parts, begin), position
+    return open_folder(found, command, settings, device, parts, began), position
 
 
 @on_first(share=False)
-def open_folder(found, argv, settings, device, parts, begin):
+def open_folder(found, command, settings, device, parts, began):
     """The Run in the folder found, with another slice in config.json, or in a new one, with a checkpoint."""
     folder, state = found
-    if state is not None:
-        run = Run(folder, settings, device, parts, begin, state)
-        with contextlib.suppress(OSError, ValueError):  # a checkpoint may be moved without it
-            config = read_config(folder)
-            config["slices"] = [*config.get("slices", []), slice_now(device, state["epoch"])]
-            checkpoint.write_json(run.path(CONFIG), config)
-        return run
     new = folder or new_folder(settings["exp_dir"], settings["trial"])
     try:
-        run, now = Run(new, settings, device, parts, begin), slice_now(device, 0)
-        config = {"argv": argv, "settings": settings, **now, "slices": [now]}
+        run, now = Run(new, settings, device, parts, began, state), slice_now(device, state["epoch"] if state else 0)
+        config = {"argv": command, "settings": settings, **now, "slices": []}
+        if state is not None:
+            with contextlib.suppress(OSError, ValueError):  # a checkpoint may be moved without it
+                config = {"slices": [], **read_config(new)}
+        config["slices"].append(now)
         checkpoint.write_json(run.path(CONFIG), config)
-        run.write(Position())
-        if settings.get("untrained"):
-            shutil.copyfile(run.path(BACKBONE), run.path(UNTRAINED))
+        if state is None:
+            run.write(Position())
+            if settings.get("untrained"):
+                shutil.copyfile(run.path(BACKBONE), run.path(UNTRAINED))
         return run
     except (OSError, ValueError):
         if folder is None:
@@ -225,10 +214,10 @@ class Run:
     the log. What cannot be written is a warning, and the next checkpoint tries again; unsaved: why, or None.
     saved_epoch, saved_time: of the newest checkpoint. begin: as if the run had had no pauses."""
 
-    def __init__(self, folder, settings, device, parts, begin, state=None):
+    def __init__(self, folder, settings, device, parts, began, state):
         state = state or {"records": [], "epoch": -1, "time": 0.0}
         self.folder, self.settings, self.device, self.parts = folder, settings, device, parts
-        self.records, self.begin = list(state["records"]), begin - state["time"]
+        self.records, self.begin = list(state["records"]), began - state["time"]
         self.evaluated = False  # whether this process has evaluated the backbone
         self.name = CHECKPOINT if "model" in parts else EVALUATION
         try:
@@ -237,7 +226,13 @@ class Run:
             raise ValueError(f"{folder}: another process is working on this run") from None
         log.write(folder, self.records)  # without epochs after the checkpoint
         self.unsaved, self.saved_epoch, self.saved_time = None, state["epoch"], time.monotonic()
-        self.board = summary_writer(folder, state["epoch"]) if settings["tensorboard"] else None
+        self.board = None
+        if settings["tensorboard"]:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ValueError("--tensorboard requires tensorboard (pip install tensorboard)") from error
+            self.board = SummaryWriter(self.path("tensorboard"), purge_step=state["epoch"] + 1)
 
     def __enter__(self):
         return self
@@ -266,8 +261,8 @@ class Run:
         warning = log.collapse_warning(self.records, self.settings)
         if warning:
             warn(warning)
-        if self.board:
-            for name in record.keys() - {"epoch"}:
+        for name in record.keys() - {"epoch"}:
+            if self.board:
                 self.board.add_scalar(name, record[name], record["epoch"])
 
     def write(self, position):
@@ -331,12 +326,3 @@ class Run:
         command = f"python {script}" if processes == 1 else f"torchrun ... {script}"
         say(f"Interrupted. Resume with: {command} --resume {shlex.quote(self.path(self.name))}")
         return stop.exit_code
-
-
-def summary_writer(folder, epoch):
-    """TensorBoard's writer, after an epoch. Raises ValueError if the package is missing."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError("--tensorboard requires tensorboard (pip install tensorboard)") from error
-    return SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=epoch + 1)

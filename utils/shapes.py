@@ -2,8 +2,6 @@
 views share little but the class: the same muted colors in all images, a rotation and size for each
 shape, light and dark shapes in turn, and so many that each crop shows some."""
 import math
-import os
-from multiprocessing.pool import ThreadPool
 
 import numpy as np
 
@@ -82,13 +80,7 @@ def draw_chunk(rng):
 
 def draw_shapes(n, seed):
     """Draw n images from a seed: uint8 [n, 32, 32, 3], and labels int64 [n]; the first m are those of n = m."""
-    images = np.empty((n, 3, SIZE, SIZE), np.uint8).transpose(0, 2, 3, 1)  # NCHW in memory
-    labels = np.empty(n, np.int64)
-    def fill(i):
-        rows = slice(i * CHUNK, min(n, (i + 1) * CHUNK))
-        drawn = draw_chunk(np.random.default_rng((seed, i)))
-        images[rows], labels[rows] = (each[:rows.stop - rows.start] for each in drawn)
-    chunks = range(math.ceil(n / CHUNK))
-    with ThreadPool(os.cpu_count()) as pool:  # numpy releases the global lock
-        list(bar(pool.imap_unordered(fill, chunks), desc="shapes", total=len(chunks), leave=False, delay=2))
+    numbers = bar(range(math.ceil(n / CHUNK)), desc="shapes", leave=False, delay=2)
+    chunks = [draw_chunk(np.random.default_rng((seed, i))) for i in numbers]
+    images, labels = (np.concatenate(parts)[:n] for parts in zip(*chunks))
     return images, labels
