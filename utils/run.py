@@ -37,29 +37,23 @@ class Position:
     seconds: float = 0.0  # of these steps
 
 
-def run_folder(exp_dir, trial):
-    """The path of a trial. Raises ValueError unless it is a plain folder name."""
-    if trial in ("", ".", "..") or os.path.basename(trial) != trial:
-        raise ValueError(f"--trial {trial!r} is not a plain folder name")
-    return os.path.join(exp_dir, trial)
-
-
 def new_folder(exp_dir, trial=None):
     """Create exp_dir/trial, or for None the next free number. Raises ValueError if it exists, or OSError."""
+    if trial in ("", ".", "..") or trial and os.path.basename(trial) != trial:
+        raise ValueError(f"--trial {trial!r} is not a plain folder name")
     try:
         os.makedirs(exp_dir, exist_ok=True)
-        numbers = [int(name) for name in os.listdir(exp_dir) if name.isdecimal()]
         names = [trial]
         if trial is None:
+            numbers = [int(name) for name in os.listdir(exp_dir) if name.isdecimal()]
             names = map(str, itertools.count(max(numbers, default=0) + 1))
         for name in names:
-            path = run_folder(exp_dir, name)
+            path = os.path.join(exp_dir, name)
             with contextlib.suppress(FileExistsError):  # of a number: another run has just taken it
                 os.mkdir(path)
                 return path
     except OSError as error:
-        reason = f"a run's folder cannot be created ({error.strerror})"
-        raise OSError(f"--exp_dir {exp_dir!r}: {reason}") from error
+        raise OSError(f"--exp_dir {exp_dir!r}: a run's folder cannot be created ({error.strerror})") from error
     raise ValueError(f"--trial {trial}: {path} exists; choose another name, or --resume it")
 
 
@@ -77,7 +71,7 @@ def find(exp_dir, trial, resume, name):
         paths = glob.glob(os.path.join(glob.escape(exp_dir), "*", name.replace(".", "*.")))
         folder = os.path.dirname(max(paths, key=os.path.getmtime, default=""))
     else:
-        folder = run_folder(exp_dir, trial)
+        folder = os.path.join(exp_dir, trial)
     if not os.path.lexists(folder):
         info(f"nothing to resume in {exp_dir}: starting a new run")
         return None, None
@@ -135,7 +129,6 @@ def restore(state, settings, device, parts):
         if state["config"].get(name) != settings.get(name):
             raise ValueError(f"not the {what} of the run to resume, {state['path']}")
     try:
-        position = Position(*(state[field.name] for field in dataclasses.fields(Position)))
         for name, part in parts.items():
             if name != "scaler" or state[name]:  # empty unless the precision is fp16
                 part.load_state_dict(state[name])
@@ -145,7 +138,7 @@ def restore(state, settings, device, parts):
     if state["machine"] != machine(device):
         written, here = (", ".join(each.values()) for each in (state["machine"], machine(device)))
         warn(f"written on {written}, resuming on {here}: not bit-identical")
-    return position
+    return Position(*(state[field.name] for field in dataclasses.fields(Position)))
 
 
 def slice_now(device, epoch):
@@ -165,7 +158,7 @@ def read_config(folder):
     """The content of config.json. Raises OSError, and ValueError if it is not a run's."""
     config = checkpoint.read_json(os.path.join(folder, CONFIG), "settings")
     if not {"arch", "dataset", "data_root", "epochs"} <= set(config["settings"]):
-        raise ValueError(f"{os.path.join(folder, CONFIG)}: not the settings of a run")
+        raise ValueError(f"{folder}/{CONFIG}: not the settings of a run")
     return config
 
 
