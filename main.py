@@ -184,7 +184,7 @@ def pretrain(setup, run, position, stop):
     args, device, data, model, optimizer, scaler = setup
     steps, sizes = args.steps, augment.view_sizes(args.view_size, args.epochs)
     forward = make_forward(args, model, device)
-    with cli.Progress(args.epochs, position.epoch + position.step / steps) as progress:
+    with cli.progress_bar(args.epochs, position.epoch + position.step / steps) as progress:
         for epoch in range(position.epoch, args.epochs):
             rate = cosine(args.learning_rate, epoch, args.epochs, args.warmup_epochs)
             optimizer.param_groups[0]["lr"] = rate  # a second group keeps its own
@@ -208,7 +208,7 @@ def pretrain(setup, run, position, stop):
                 scaler.update()
                 metrics[step] = torch.stack((loss.detach(), std))  # stays on the device
                 done = step + 1
-                progress.advance(epoch + done / steps)
+                progress.update(1 / steps)
 
             # ---- once an epoch
             metrics = metrics[:done].cpu()  # the one synchronization
@@ -238,7 +238,7 @@ def end_epoch(setup, run, position, stop, progress):
         record = run.record(position, setup.optimizer, args.views * args.batch_size)
         with contextlib.suppress(cli.Stopped):  # in kNN, which a resumed run repeats
             run.log(record | (evaluate(setup, run, stop) if due else {}))
-            progress.advance(ended, log.summary(run.records), keep=due)
+            cli.show_epoch(progress, ended, log.summary(run.records), due)
             position = runs.Position(ended)
     finished = position.epoch == args.epochs
     if stop.requested or finished:

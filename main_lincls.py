@@ -128,7 +128,7 @@ def train_sgd(setup, run, position, test_features, stop):
 
     batch = min(args.batch_size, size)
     features_of = devices.compile_for(device, features_of, None, args.epochs * math.ceil(size / batch))
-    with cli.Progress(args.epochs, position.epoch) as progress:
+    with cli.progress_bar(args.epochs, position.epoch) as progress:
         for epoch in range(position.epoch, args.epochs):
             decays = sum(epoch >= round(milestone * args.epochs) for milestone in MILESTONES)
             optimizer.param_groups[0]["lr"] = args.lr * 0.1 ** decays
@@ -137,7 +137,7 @@ def train_sgd(setup, run, position, test_features, stop):
             order = torch.randperm(size, generator=generator, device=device)
             draws = augment.draw_views(size, generator, *data.train_images.shape[2:], CROP_SCALE)
             sums = torch.zeros(2, device=device)                # loss and correct predictions
-            for step, rows in enumerate(torch.arange(size, device=device).split(batch), 1):
+            for rows in torch.arange(size, device=device).split(batch):
                 stop.check()
                 full = F.pad(rows, (0, batch - len(rows)))      # one shape, so one compilation
                 images = data.train_images[order[full].to(data.train_images.device)]
@@ -150,7 +150,7 @@ def train_sgd(setup, run, position, test_features, stop):
                 optimizer.step()
                 correct = (logits.argmax(dim=1) == labels).sum()
                 sums += torch.stack((loss.detach() * len(labels), correct))
-                progress.advance(epoch + min(step * batch / size, 1))
+                progress.update(len(rows) / size)
             loss, correct = (sums / size).tolist()
             tested = test(classifier, test_features, data.test_labels)
             run.log({"epoch": epoch + 1, "train_loss": loss, "train_top1": 100 * correct, **tested,
@@ -159,7 +159,7 @@ def train_sgd(setup, run, position, test_features, stop):
             if not math.isfinite(loss):
                 return
             summary = f"loss {loss:.3f}, test top-1 {tested['test_top1']:.2f} %"
-            progress.advance(epoch + 1, summary, keep=epoch + 1 == args.epochs)
+            cli.show_epoch(progress, epoch + 1, summary, epoch + 1 == args.epochs)
             run.save(runs.Position(epoch + 1))
 
 
@@ -224,8 +224,6 @@ def evaluate(setup, run, position, stop):
         elif args.evaluate is None:
             train_sgd(setup, run, position, test_features, stop)
     except cli.Stopped:
-        with run.optional("plots"):
-            report.draw_run(run.folder)
         return run.exit_code("main_lincls.py", stop, finished=False)
     finite = [math.isfinite(record["train_loss"]) for record in run.records]
     if not all(finite) or not all(value.isfinite().all() for value in classifier.parameters()):
@@ -265,8 +263,6 @@ def finish(setup, run, test_features):
     if run.unsaved is None:
         with run.attempt():
             checkpoint.write_json(run.path(runs.RESULTS), results)  # now the evaluation is finished
-    with run.optional("plots"):
-        report.draw_run(run.folder)
 
 
 def main(argv=None):
@@ -287,7 +283,10 @@ def main(argv=None):
                 return 0
             cli.info(f"{run.folder}: {args.dataset}, {len(setup.data.train_images)} images of {args.image_size} "
                      f"pixels, {devices.describe(setup.device)}, {args.precision}")
-            return evaluate(setup, run, position, stop)
+            code = evaluate(setup, run, position, stop)
+            with run.optional("plots"):
+                report.draw_run(run.folder)
+            return code
 
 
 if __name__ == "__main__":

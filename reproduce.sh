@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The paper's run on CIFAR-10, from the data to the released weights: pre-training, linear evaluation, release, check.
-# Finished steps are skipped, interrupted ones resumed.
+# The paper's run on CIFAR-10, from the data to the released weights: pre-training, linear evaluation,
+# release, check. Finished steps are skipped, interrupted ones resumed. PYTHON is the interpreter.
 #
 # --seeds N             run seeds 0 to N - 1 (1)
 # --max_minutes M       stop after M minutes; the same command continues
@@ -8,21 +8,16 @@
 # --gpu N               index of the CUDA GPU, or none (the first, else the CPU)
 # --name NAME           runs are in experiments/NAME, logs go to logs/NAME-seedN (paper)
 # --entry NAME          torch.hub entry of the released weights (simsiam_resnet18_cifar10)
-# --weights DIR         folder of the released weights, relative to this script (weights)
 # --pretrain "OPTIONS"  options of main.py
 # --linear "OPTIONS"    options of main_lincls.py
-#
-# PYTHON in the environment is the interpreter. Exit code: 0, that of the command that failed, or 2 for a wrong option.
 set -euo pipefail
 # The words of options are to be split: shellcheck disable=SC2086
-seeds=1 max_minutes='' data_root=data gpu='' name=paper weights=weights pretrain='' linear=''
-entry=simsiam_resnet18_cifar10
+seeds=1 max_minutes='' data_root=data gpu='' name=paper entry=simsiam_resnet18_cifar10 pretrain='' linear=''
 refuse() { echo "reproduce.sh: error: $*; see bash reproduce.sh --help" >&2; exit 2; }
 while [ $# -gt 0 ]; do
-    [[ $1 != --*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
     case $1 in
     --help | -h) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0"; exit 0 ;;
-    --seeds | --max_minutes | --data_root | --gpu | --name | --entry | --weights | --pretrain | --linear) ;;
+    --seeds | --max_minutes | --data_root | --gpu | --name | --entry | --pretrain | --linear) ;;
     *) refuse "unrecognized argument $1" ;;
     esac
     [ $# -gt 1 ] || refuse "$1 requires a value"
@@ -30,10 +25,7 @@ while [ $# -gt 0 ]; do
     shift 2
 done
 cd "$(dirname "$0")"
-[[ $seeds =~ ^[1-9][0-9]*$ ]] || refuse "--seeds takes a whole number"
-[[ $max_minutes =~ ^(0|[1-9][0-9]*)?$ ]] || refuse "--max_minutes takes a whole number"
-[[ $gpu =~ ^(none|[0-9]+)?$ ]] || refuse "--gpu $gpu: not a number or none"
-[[ $name =~ ^[A-Za-z0-9_][A-Za-z0-9_.-]*$ ]] || refuse "--name $name: not a plain name"
+[[ "$seeds $max_minutes" =~ ^[1-9][0-9]*\ (0|[1-9][0-9]*)?$ ]] || refuse "--seeds, --max_minutes: whole numbers"
 grep -q "^def $entry(" hubconf.py || refuse "--entry $entry: not in hubconf.py"
 device=${gpu:+--gpu $gpu} exp=experiments/$name stop=0
 [ "$gpu" != none ] || { device='' && export CUDA_VISIBLE_DEVICES=; }
@@ -52,10 +44,9 @@ run() { # a Python command; ends the script if it fails
 train() { # a script and its options, for the minutes that are left
     local left=$((${max_minutes:-0} - SECONDS / 60))
     run "$@" --resume auto $device ${max_minutes:+--max_minutes $((left > 0 ? left : 0))}
-    if [ -n "$max_minutes" ] && [ $SECONDS -ge $((60 * max_minutes - 1)) ]; then
-        echo "Stopped after $max_minutes minutes. The same command continues."
-        exit 0
-    fi
+    [ -n "$max_minutes" ] && [ $SECONDS -ge $((60 * max_minutes - 1)) ] || return 0
+    echo "Stopped after $max_minutes minutes. The same command continues."
+    exit 0
 }
 
 for ((seed = 0; seed < seeds; seed++)); do
@@ -70,8 +61,7 @@ for ((seed = 0; seed < seeds; seed++)); do
     cp "$one"/{config.json,log.jsonl} "$log"
     cp "$one-linear"/{config.json,log.jsonl,results.json} "$log-linear"
 done
-run export.py release "$exp/seed0" --linear "$exp/seed0-linear" --name "$entry" --weights "$weights" \
-    --data_root "$data_root" $device
-run export.py check "$entry" --weights "$weights" --data_root "$data_root" $device
+run export.py release "$exp/seed0" --linear "$exp/seed0-linear" --name "$entry" --data_root "$data_root" $device
+run export.py check "$entry" --data_root "$data_root" $device
 run -m utils.plot "${runs[@]}" --output "$exp"
 run -m utils.plot "${runs[@]/%/-linear}"

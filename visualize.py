@@ -68,8 +68,8 @@ def plot_map(folder, unit, labels, classes):
     """Draw map.png: the test features [N, D] in two dimensions, colored by class."""
     try:
         from sklearn.manifold import TSNE
-        perplexity, method = min(30, (len(unit) - 1) / 3), "t-SNE"
-        points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(unit.numpy())
+        tsne, method = TSNE(perplexity=min(30, (len(unit) - 1) / 3), init="pca", random_state=0), "t-SNE"
+        points = tsne.fit_transform(unit.numpy())
     except ImportError:
         centered, method = unit.double() - unit.double().mean(dim=0), "principal components"
         points = (centered @ torch.linalg.eigh(centered.T @ centered)[1][:, -2:]).numpy()

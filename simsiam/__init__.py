@@ -5,9 +5,3 @@ from simsiam.loss import (
 from simsiam.model import HEAD_BN, PREDICTORS, SimSiam
 from simsiam.resnet import ARCHS, resnet18, resnet34, resnet50
 from simsiam.weights import load_backbone, read_file
-
-__all__ = [
-    "ARCHS", "DISTANCES", "HEAD_BN", "LOSSES", "PREDICTORS", "SimSiam", "asymmetric_loss",
-    "cross_entropy", "feature_std", "load_backbone", "negative_cosine", "read_file", "resnet18",
-    "resnet34", "resnet50", "simsiam_loss",
-]

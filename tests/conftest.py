@@ -1,5 +1,7 @@
 """Fixtures of several tests: real CIFAR-10 if it is at hand, and small runs of the scripts in this process."""
+import contextlib
 import functools
+import itertools
 import os
 import signal
 import subprocess
@@ -22,12 +24,28 @@ SMALL = (
     "--dataset shapes --train_size 128 --test_size 100 --width 4 --dim 32 --pred_dim 16 --batch_size 32 --no-compile"
 ).split()
 
+CPU_ONLY = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # for processes
 shapes.draw_shapes = functools.lru_cache(shapes.draw_shapes)  # half of the time of such a run
 
 
 def pytest_configure(config):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     config.addinivalue_line("markers", "slow: takes long; `make test` skips it, `make test-all` does not")
+
+
+@contextlib.contextmanager
+def before_call(count, owner, name, act):
+    """In the context, act() before the count-th call of owner.name."""
+    usual, calls = getattr(owner, name), itertools.count(1)
+
+    def acting(*args, **kwargs):
+        if next(calls) == count:
+            act()
+        return usual(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, acting)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +81,15 @@ def not_quiet(monkeypatch):
 def no_gpu(monkeypatch):
     """Hide the GPU: for what is exact on the CPU only."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("no route to host")
+
+    for name in ("cifar.download_and_extract_archive", "stl10.download_and_extract_archive", "svhn.download_url"):
+        monkeypatch.setattr(f"torchvision.datasets.{name}", fail)
 
 
 @pytest.fixture

@@ -88,12 +88,10 @@ def test_damaged_files_are_not_used(cifar_root, tmp_path, no_network):
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10", "svhn"])
-def test_a_failed_download_names_the_alternatives_and_unknown_names_are_refused(name, tmp_path, no_network):
+def test_a_failed_download_names_the_alternatives_and_unknown_options_are_refused(name, tmp_path, no_network):
     with pytest.raises(OSError, match="no route to host.*--data_root.*--dataset shapes"):
         load_dataset(name, str(tmp_path / "empty"), CPU)
     assert not os.listdir(tmp_path)
-    with pytest.raises(ValueError, match="cifar10, .*shapes"):
-        load_dataset("mnist", "data", CPU)
     with pytest.raises(TypeError, match="training_size"):
         load_dataset(name, "data", CPU, training_size=100)
 
@@ -184,5 +182,5 @@ def test_a_root_that_is_the_folder_of_the_files_is_understood(root, tmp_path, mo
     monkeypatch.setattr(CIFAR10, "_load_meta", lambda dataset: setattr(dataset, "classes", list("0123456789")))
     data = load_dataset("cifar10", root.format(folder.parent), CPU)
     assert data.train_images.shape == (10, 3, 32, 32) and data.test_labels.tolist() == [0, 9]
-    with pytest.raises(OSError, match="is a file"):
+    with pytest.raises(OSError, match="missing or damaged"):
         load_dataset("cifar10", str(folder / "test_batch"), CPU)

@@ -8,17 +8,15 @@ import textwrap
 import threading
 
 import pytest
-import torch
 
 import export
 import main as pretraining
 import main_lincls
 import visualize
-from conftest import REPO, SMALL
+from conftest import CPU_ONLY, REPO, SMALL
 from utils import checkpoint, cli, log
 
 STARTS = [*SMALL, "--epochs", "1", "--eval_freq", "1"]
-CPU_ONLY = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def test_runs_in_a_thread_and_several_in_a_process(run_main, no_gpu):
@@ -45,21 +43,6 @@ def test_a_run_that_an_exception_ends_can_be_resumed_in_the_same_process(run_mai
         with pytest.raises(ZeroDivisionError) as kept:
             run_main("--epochs", 1, "--trial", "run")
     assert run_main("--epochs", 1, "--trial", "run", "--resume", "auto") == 0 and kept.tb
-
-
-@pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2"])
-def test_signals_of_queues_stop_a_run_as_sigterm_does(run_main, no_gpu, monkeypatch, capsys, name):
-    number, usual = getattr(signal, name), pretraining.draw_epoch
-
-    def draw_epoch(args, epoch, *rest):
-        if epoch == 1:
-            signal.raise_signal(number)
-        return usual(args, epoch, *rest)
-
-    monkeypatch.setattr(pretraining, "draw_epoch", draw_epoch)
-    assert run_main("--epochs", 3) == 128 + number
-    assert "Resume with: python main.py --resume" in capsys.readouterr().out
-    assert checkpoint.load("experiments/1/checkpoint.pt")["epoch"] == 1
 
 
 @pytest.mark.parametrize("variables", [
@@ -98,43 +81,29 @@ def test_paths_are_expanded_in_every_option(tmp_path, monkeypatch):
     assert cli.file_path("a$SCRATCH") == "a$SCRATCH"
 
 
-def test_an_fp16_checkpoint_goes_on_in_the_precision_that_is_typed(run_main, refused, no_gpu, capsys):
-    assert run_main("--epochs", 2, "--max_minutes", 0, "--trial", "run") == 0
-    state = checkpoint.load("experiments/run/checkpoint.pt")
-    state["config"]["precision"], state["scaler"] = "fp16", torch.amp.GradScaler("cpu").state_dict()
-    checkpoint.save("experiments/run/checkpoint.pt", state)
-    refused(pretraining.main, ["--resume", "auto"], "fp16 requires a CUDA GPU", "use fp32 or bf16")
-    assert run_main("--resume", "auto", "--precision", "bf16") == 0
-    assert "--precision bf16, not fp16 as before" in capsys.readouterr().err
-    assert checkpoint.load("experiments/run/checkpoint.pt")["config"]["precision"] == "bf16"
-
-
 # ---------------------------------------------------------------------------------------------------
 # In processes of their own
 
 
-def start(tmp_path, words, redirect="", **environment):
-    """A script's exit code and output, through a shell."""
-    command = f"{sys.executable} {' '.join(words)} --exp_dir '{tmp_path}/runs é' {redirect}"
-    return subprocess.run(command, shell=True, cwd=REPO, env=CPU_ONLY | environment, capture_output=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("redirect", ["", ">&- 2>&-", "<&- >&- 2>&-", "| true", ">/dev/full 2>&1"])
+@pytest.mark.parametrize("redirect", [
+    ">/dev/full 2>&1",
+    *(pytest.param(words, marks=pytest.mark.slow) for words in ("", ">&- 2>&-", "<&- >&- 2>&-", "| true")),
+])
 def test_foreign_backends_locales_and_streams_end_nothing(tmp_path, redirect):
     """A notebook's backend that is not installed, no home, ASCII as the locale's encoding, closed and full streams."""
     environment = {"MPLBACKEND": "module://not_installed.backend", "HOME": "/nonexistent", "DISPLAY": "", "LC_ALL": "C",
                    "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
-    assert start(tmp_path, ["main.py", *STARTS], redirect, **environment).returncode == 0
     folder = f"{tmp_path}/runs é"
     data = "--features cached --dataset shapes --train_size 128 --test_size 100 --pretrained"
-    words = ["main_lincls.py", *data.split(), f"'{folder}/1/backbone.pt'"]
-    done = start(tmp_path, words, redirect, **environment)
-    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    for words in (["main.py", *STARTS], ["main_lincls.py", data, f"'{folder}/1/backbone.pt'"]):
+        command = f"{sys.executable} {' '.join(words)} --exp_dir '{folder}' {redirect}"
+        done = subprocess.run(command, shell=True, cwd=REPO, env=CPU_ONLY | environment, capture_output=True)
+        assert done.returncode == 0 and b"Traceback" not in done.stderr
     assert not redirect or b"Exception ignored" not in done.stderr
     assert b"linear top-1" in done.stdout or redirect
+    assert [record["epoch"] for record in log.read(f"{folder}/1")] == [1]
     assert "std of the l2-normalized outputs z, times √d" in open(f"{folder}/1/report.html", encoding="utf-8").read()
-    assert {"report.html", "loss-plot.png", "top1-acc.png"} <= {*os.listdir(f"{folder}/1")}
+    assert {"loss-plot.png", "top1-acc.png"} <= {*os.listdir(f"{folder}/1")}
     assert {"results.json", "confusion.png"} <= {*os.listdir(f"{folder}/2")}
 
 

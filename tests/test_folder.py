@@ -188,11 +188,11 @@ def test_held_out_images_are_about_a_share_of_each_class_and_stay_so(shapes, tmp
 def test_bad_folders_are_refused(folder, refused, shapes):
     command = f"{SMALL} --data_root {folder}".split()
     write_images(folder / "test", shapes.test_images[:2], [0, 0], ["unknown"])
-    refused(pretraining.main, command, "unknown", "not a class")
+    refused(pretraining.main, command, "unknown", "its classes must be")
     shutil.rmtree(folder / "test" / "unknown")
     refused(pretraining.main, [*command, "--batch_size", 129], "128 training images")
     refused(pretraining.main, [*command, "--train_size", 129], "128 images")
-    refused(pretraining.main, [*command, "--data_root", "nowhere"], "nowhere", "no such folder")
+    refused(pretraining.main, [*command, "--data_root", "nowhere"], "nowhere", "No such file")
     refused(pretraining.main, [*command, "--image_size", 4], "--image_size", "at least 8")
     (folder / "none").mkdir()
     refused(pretraining.main, [*command, "--data_root", folder / "none"], "no images")
@@ -277,7 +277,7 @@ def test_load_folder_matches_image_folder(tmp_path, capsys):
     assert list(classes) == reference.classes and labels.dtype == torch.int64
     assert list(zip(files, labels.tolist())) == [reference.samples[i] for i in order]
     assert torch.equal(loaded, torch.stack([reference[i][0] for i in order]))
-    assert "1 image" in capsys.readouterr().err
+    assert "1 files are no images, or in no class folder: 1 .png" in capsys.readouterr().err
     (tmp_path / "b" / "deep").mkdir()
     image.rename(tmp_path / "b" / "deep" / image.name)
     assert image_files.load_folder(str(tmp_path), 40)[1].tolist() == labels.tolist()
@@ -325,7 +325,7 @@ def test_the_same_picture_in_any_mode_is_the_same_image(tmp_path, capsys):
     (tmp_path / "moving.gif").touch()
     assert len(image_files.load_folder(str(tmp_path), 16)[0]) == len(cases) + 1
     warning = capsys.readouterr().err
-    assert warning.count("\n") == 1 and "2 files skipped: 1 .gif, 1 .txt" in warning
+    assert warning.count("\n") == 1 and "2 files are no images, or in no class folder: 1 .gif, 1 .txt" in warning
     for dtype, name in ((np.int32, "32.tif"), (np.float32, "float.tiff"), (np.int16, "signed.tif")):
         Image.fromarray(gray.astype(dtype)).save(tmp_path / name)
         with pytest.raises(OSError, match=f"{name}.*range"):

@@ -3,7 +3,6 @@ import gc
 import json
 import os
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -11,21 +10,20 @@ import torch
 
 import main as pretraining
 import simsiam
-from conftest import REPO, SMALL
+from conftest import SMALL, before_call
 from utils import checkpoint, cli, distributed, log
 from utils.device import processor
 from utils.run import Run
 
 TIMES = ("seconds", "time", "views_per_s")
+WHOLE = ("--epochs", 3, "--eval_freq", 1, "--untrained")
+SGD, KNN = torch.optim.SGD, sys.modules["utils.knn"]
 
 
 def log_of(trial):
     """The lines of a log as they are in the file, without times. trial: a name or a path."""
     with open(os.path.join("experiments", trial, "log.jsonl")) as file:
         return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in file]
-
-
-WHOLE = ("--epochs", 3, "--eval_freq", 1, "--untrained")
 
 
 @pytest.fixture(scope="module")
@@ -39,26 +37,17 @@ def whole(tmp_path_factory):
 
 
 def assert_same_run(whole, trial):
-    """The same log, line by line, and the same weights, buffers and momenta, bit for bit."""
+    """The same log, line by line, and the same weights, buffers and momenta, bit for bit. Names or paths."""
     assert log_of(whole) == log_of(trial)
-    states = [checkpoint.load(f"{folder}/checkpoint.pt") for folder in (whole, f"experiments/{trial}")]
+    states = [checkpoint.load(os.path.join("experiments", folder, "checkpoint.pt")) for folder in (whole, trial)]
     parts = [{key: state[key] for key in ("epoch", "model", "optimizer")} for state in states]
     leaves = [torch.utils._pytree.tree_flatten_with_path(part)[0] for part in parts]
     for (path, a), (_, b) in zip(*leaves, strict=True):
         assert torch.equal(a, b) if torch.is_tensor(a) else a == b, path
 
 
-def at_step(count, monkeypatch, act):
-    """Call act() before the count-th update of a context's SGD."""
-    usual, calls = torch.optim.SGD.step, []
-
-    def step(optimizer, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == count:
-            act()
-        return usual(optimizer, *args, **kwargs)
-
-    monkeypatch.setattr(torch.optim.SGD, "step", step)
+def state_of(trial):
+    return checkpoint.load(f"experiments/{trial}/checkpoint.pt")
 
 
 def test_the_folder_of_a_run_is_complete(finished_run):
@@ -76,28 +65,21 @@ def test_the_folder_of_a_run_is_complete(finished_run):
     assert records[0]["lr"] == pytest.approx(0.03 * 32 / 256)  # follows the batch
     config = checkpoint.read_json(os.path.join(finished_run, "config.json"))
     assert config["settings"]["seed"] == 0 and config["versions"]["torch"] == torch.__version__
-
-
-def test_backbone_files_hold_the_trained_and_the_initial_backbone(finished_run):
+    # backbone.pt is the trained backbone, untrained.pt the initial one
     model = checkpoint.load(os.path.join(finished_run, "checkpoint.pt"))["model"]
-    trained = torch.load(os.path.join(finished_run, "backbone.pt"), weights_only=True)
+    trained, untrained = (checkpoint.load(os.path.join(finished_run, f"{name}.pt")) for name in ("backbone", "untrained"))
+    assert trained.keys() == untrained.keys() == simsiam.resnet18(4).state_dict().keys()
     assert all(torch.equal(value, model[f"backbone.{name}"]) for name, value in trained.items())
     torch.manual_seed(0)
-    untrained = torch.load(os.path.join(finished_run, "untrained.pt"), weights_only=True)
     assert torch.equal(untrained["conv1.weight"], simsiam.resnet18(4).conv1.weight)
     assert not torch.equal(untrained["conv1.weight"], trained["conv1.weight"])
 
 
-def test_seeds_repeat_and_differ(run_main, no_gpu):
-    for trial, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert run_main("--epochs", 1, "--trial", trial, "--seed", seed) == 0
-    assert log_of("a") == log_of("b") != log_of("c")
-
-
-def test_unnamed_runs_are_numbered(run_main):
-    for _ in range(2):
-        run_main("--epochs", 1)
-    assert sorted(os.listdir("experiments")) == ["1", "2"]
+def test_seeds_repeat_and_differ_and_unnamed_runs_are_numbered(run_main, no_gpu):
+    for seed in (1, 1, 2):
+        assert run_main("--epochs", 1, "--seed", seed) == 0
+    assert sorted(os.listdir("experiments")) == ["1", "2", "3"]
+    assert log_of("1") == log_of("2") != log_of("3")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -108,99 +90,59 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing handles it."""
 
 
-def kill_at(monkeypatch, owner, name, count, *args):
-    """main.py with args, ended at the count-th call of owner.name without any further word."""
-    usual, calls = getattr(owner, name), []
-
-    def dies(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == count:
-            raise Killed
-        return usual(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, dies)
-        with pytest.raises(Killed):
-            pretraining.main([*SMALL, *map(str, args)])
-    gc.collect()  # closes the log, and so releases its lock, as the kernel does
-
-
-@pytest.mark.parametrize("name, owner, count", [
-    ("step", torch.optim.SGD, 7), ("vote", sys.modules["utils.knn"], 3), ("write", log, 5), ("fsync", os, 19),
-    ("save", checkpoint, 5), ("replace", os, 13), ("write", log, 1),
+@pytest.mark.parametrize("count, owner, name", [
+    (7, SGD, "step"), (3, KNN, "vote"), (5, log, "write"), (19, os, "fsync"), (5, checkpoint, "save"),
+    (13, os, "replace"), (1, log, "write"),
 ])
-def test_a_killed_run_resumes_exactly_with_one_line_an_epoch(whole, run_main, monkeypatch, no_gpu, name, owner, count):
+def test_a_killed_run_resumes_exactly_with_one_line_an_epoch(whole, run_main, no_gpu, count, owner, name):
     """Killed in a step, in kNN, before a log line, between log line and checkpoint, inside a write, at the start."""
-    kill_at(monkeypatch, owner, name, count, *WHOLE, "--trial", "killed")
+    def dies():
+        raise Killed
+
+    with before_call(count, owner, name, dies), pytest.raises(Killed):
+        run_main(*WHOLE, "--trial", "killed")
+    gc.collect()  # closes the log, and so releases its lock, as the kernel does
     assert run_main(*WHOLE, "--trial", "killed", "--resume", "auto") == 0
     assert [line["epoch"] for line in log_of("killed")] == [0, 1, 2, 3]
     assert_same_run(whole, "killed")
 
 
-def test_a_line_that_a_kill_left_unfinished_is_dropped(whole, run_main, no_gpu):
-    assert run_main(*WHOLE, "--trial", "torn") == 0
-    os.replace("experiments/torn/checkpoint-previous.pt", "experiments/torn/checkpoint.pt")
-    with open("experiments/torn/log.jsonl", "a") as file:
-        file.write('{"epoch": 4, "lo')
-    assert run_main("--resume", "auto", "--trial", "torn") == 0
-    assert_same_run(whole, "torn")
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_inside_an_epoch_saves_and_resumes_exactly(whole, run_main, monkeypatch, no_gpu, capsys, number):
+@pytest.mark.parametrize("number, place, position", [
+    *((number, (6, SGD, "step"), (1, 2)) for number in cli.STOP_SIGNALS),  # this step is finished
+    (signal.SIGTERM, (1, KNN, "normalize"), (0, 0)),  # in the kNN of the initial weights
+    (signal.SIGTERM, (3, KNN, "normalize"), (0, 4)),  # in that of the first epoch
+])
+def test_a_signal_saves_and_resumes_exactly(whole, run_main, no_gpu, capsys, number, place, position):
+    """Ctrl-C, and the signals of terminals and queues. A kNN ends before its next batch, and the resumed run
+    repeats it."""
     usual = signal.getsignal(number)
-    with monkeypatch.context() as patch:
-        at_step(6, patch, lambda: signal.raise_signal(number))
+    with before_call(*place, lambda: signal.raise_signal(number)):
         assert run_main(*WHOLE, "--trial", "stopped") == 128 + number
     assert signal.getsignal(number) == usual
-    state = checkpoint.load("experiments/stopped/checkpoint.pt")
-    assert (state["epoch"], state["step"]) == (1, 2)  # the step was finished
+    assert (state_of("stopped")["epoch"], state_of("stopped")["step"]) == position
+    assert [line["epoch"] for line in log_of("stopped")] == {(1, 2): [0, 1], (0, 0): [], (0, 4): [0]}[position]
     command = capsys.readouterr().out.split("Resume with: python main.py ")[1].split()[:2]
     assert command == ["--resume", "experiments/stopped/checkpoint.pt"]
     assert run_main(*command) == 0
     assert_same_run(whole, "stopped")
 
 
-def test_a_second_signal_acts_as_usual(run_main, monkeypatch, no_gpu):
-    monkeypatch.setattr(signal, "getsignal", lambda number: signal.default_int_handler)
-
+def test_a_second_signal_acts_as_usual(run_main):
     def twice():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    at_step(2, monkeypatch, twice)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    with pytest.raises(KeyboardInterrupt):
+    with before_call(2, SGD, "step", twice), pytest.raises(KeyboardInterrupt):
         run_main("--epochs", 1)
-
-
-@pytest.mark.parametrize("evaluation, expected", [(1, (0, 0)), (2, (0, 4))])  # of the initial weights, of epoch 1
-def test_a_signal_does_not_wait_for_the_knn(whole, run_main, monkeypatch, no_gpu, evaluation, expected):
-    """The kNN ends before its next batch, and the resumed run repeats it."""
-    usual, calls = sys.modules["utils.knn"].normalize, []
-
-    def signaled(images, *args):
-        calls.append(1)
-        if len(calls) == 2 * evaluation - 1:
-            signal.raise_signal(signal.SIGTERM)
-        return usual(images, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("utils.knn.normalize", signaled)
-        assert run_main(*WHOLE, "--trial", "stopped") == 128 + signal.SIGTERM
-    state = checkpoint.load("experiments/stopped/checkpoint.pt")
-    assert (state["epoch"], state["step"]) == expected and len(log_of("stopped")) == evaluation - 1
-    assert run_main("--resume", "auto", "--trial", "stopped") == 0
-    assert_same_run(whole, "stopped")
 
 
 def test_a_time_limit_exits_with_zero_and_slices_are_one_run(whole, run_main, monkeypatch, no_gpu):
     for _ in range(2):
-        with monkeypatch.context() as patch:  # the clock jumps behind the limit in the fifth step
-            at_step(3, patch, lambda: patch.setattr(distributed.StopRequest, "requested", True))
-            assert run_main(*WHOLE, "--trial", "slices", "--resume", "auto", "--max_minutes", 10) == 0
-    state = checkpoint.load("experiments/slices/checkpoint.pt")
-    assert state["epoch"] == 1
+        with monkeypatch.context() as patch:  # the time is up in the third step of each slice
+            with before_call(3, SGD, "step", lambda: patch.setattr(distributed.StopRequest, "requested", True)):
+                assert run_main(*WHOLE, "--trial", "slices", "--resume", "auto", "--max_minutes", 10) == 0
+    state = state_of("slices")
+    assert (state["epoch"], state["step"]) == (1, 2)
     del state["config"]["sync_bn"], state["config"]["bn_batch"]  # as if the option were newer than the checkpoint
     checkpoint.save("experiments/slices/checkpoint.pt", state)
     assert run_main("--resume", "auto", "--trial", "slices") == 0
@@ -220,13 +162,17 @@ def test_resume_auto_takes_the_latest_checkpoint_and_knows_what_is_finished(run_
 
 
 def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(whole, run_main, no_gpu, capsys):
-    run_main(*WHOLE, "--trial", "damaged")
-    with open("experiments/damaged/checkpoint.pt", "r+b") as file:
+    """Of epoch 2; the log's line of epoch 3 and one that a kill has left unfinished are dropped."""
+    assert run_main(*WHOLE, "--trial", "run") == 0
+    with open("experiments/run/checkpoint.pt", "r+b") as file:
         file.seek(20_000)
         file.write(b"damage")
-    assert run_main("--resume", "auto", "--trial", "damaged") == 0
-    assert "truncated or damaged; resuming from experiments/damaged/checkpoint-previous.pt" in capsys.readouterr().err
-    assert_same_run(whole, "damaged")
+    with open("experiments/run/log.jsonl", "a") as file:
+        file.write('{"epoch": 4, "lo')
+    assert run_main("--resume", "auto", "--trial", "run") == 0
+    words = "truncated or damaged; resuming from experiments/run/checkpoint-previous.pt, epoch 2"
+    assert words in capsys.readouterr().err
+    assert_same_run(whole, "run")
 
 
 @pytest.mark.parametrize("seconds, expected", [(0, [(0, 0), (0, 4), (1, 4), (2, 4), (3, 0)]),
@@ -250,15 +196,14 @@ def test_a_knn_that_cannot_be_made_costs_no_training(whole, run_main, monkeypatc
     saved = []
 
     def fails(*args, **options):
-        state = checkpoint.load("experiments/run/checkpoint.pt")
-        saved.append((state["epoch"], state["step"]))
+        saved.append((state_of("run")["epoch"], state_of("run")["step"]))
         raise error
 
     monkeypatch.setattr("utils.knn.monitor", fails)
     assert run_main("--epochs", 3, "--eval_freq", 1, "--trial", "run") == 0
     assert saved == [(0, 4), (1, 4), (2, 4)] and capsys.readouterr().err.count("no kNN (") == 3
     assert [(line["epoch"], "knn1" in line) for line in log_of("run")] == [(1, False), (2, False), (3, False)]
-    first, second = (torch.load(f"{folder}/backbone.pt") for folder in (whole, "experiments/run"))
+    first, second = (checkpoint.load(f"{folder}/backbone.pt") for folder in (whole, "experiments/run"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -276,34 +221,27 @@ def test_sizes_of_views_reach_the_network_and_survive_a_stop(run_main, no_gpu, m
     options = ("--epochs", 4, "--eval_freq", 2, "--view_size", schedule)
     assert run_main(*options, "--trial", "whole") == 0
     assert seen == sizes
-    with monkeypatch.context() as patch:
-        at_step(11, patch, lambda: signal.raise_signal(signal.SIGTERM))
+    with before_call(11, SGD, "step", lambda: signal.raise_signal(signal.SIGTERM)):
         assert run_main(*options, "--trial", "stopped") == 128 + signal.SIGTERM
     assert run_main("--resume", "auto", "--trial", "stopped") == 0
-    assert_same_run(os.path.abspath("experiments/whole"), "stopped")
+    assert_same_run("whole", "stopped")
 
 
-@pytest.mark.parametrize("schedule", [
-    "x", "", "7", "16:0.5,24", "16:nan,32:1", "32:-1,32:2", "4:0.5,32:0.5",
-    "16:0.5,32:0.4", "16:1:1,32:0.5",
-])
-def test_bad_schedules_are_refused(refused, schedule):
-    refused(pretraining.main, [*SMALL, "--view_size", schedule], "--view_size", "shares that sum to 1")
-
-
-def test_a_run_has_one_process_at_a_time(run_main, refused, no_gpu):
+def test_a_run_has_one_process_at_a_time_and_a_record_of_each(run_main, refused, no_gpu, monkeypatch, capsys):
+    """Another machine is said. As from a checkpoint of a GPU in fp16, which a CPU resumes in another precision only."""
     assert run_main("--epochs", 1, "--trial", "run", "--max_minutes", 0) == 0
     with checkpoint.lock("experiments/run/.lock"):
         refused(pretraining.main, ["--resume", "auto"], "experiments/run: another process")
-    assert run_main("--resume", "auto") == 0
-
-
-def test_each_slice_is_recorded_and_another_machine_is_said(run_main, no_gpu, monkeypatch, capsys):
-    assert run_main("--epochs", 1, "--trial", "run", "--max_minutes", 0) == 0
+    state = state_of("run")
+    state["config"]["precision"], state["scaler"] = "fp16", torch.amp.GradScaler("cpu").state_dict()
+    checkpoint.save("experiments/run/checkpoint.pt", state)
+    refused(pretraining.main, ["--resume", "auto"], "fp16 requires a CUDA GPU", "use fp32 or bf16")
     monkeypatch.setattr("utils.run.machine", lambda device: {"device": "another", "processor": "Z80", "torch": "9"})
     monkeypatch.setattr("utils.run.processor", lambda: "Z80")
-    assert run_main("--resume", "auto") == 0
-    assert "resuming on another, Z80, 9: not bit-identical" in capsys.readouterr().err
+    assert run_main("--resume", "auto", "--precision", "bf16") == 0
+    error = capsys.readouterr().err
+    assert "resuming on another, Z80, 9: not bit-identical" in error
+    assert "--precision bf16, not fp16 as before" in error and state_of("run")["config"]["precision"] == "bf16"
     config = checkpoint.read_json("experiments/run/config.json")
     first, second = config["slices"]
     assert first == {key: config[key] for key in first} and first["epoch"] == second["epoch"] == 0
@@ -314,32 +252,28 @@ def test_each_slice_is_recorded_and_another_machine_is_said(run_main, no_gpu, mo
 # What goes wrong
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_the_checkpoint_before(run_main, capsys):
-    assert run_main("--epochs", 3, "--learning_rate", 1e30, "--trial", "run") == 1
+@pytest.mark.parametrize("options, words", [
+    (("--learning_rate", 1e30), ("epoch 1, step 2 of 4: the loss is not finite", "--learning_rate (1e+30)")),
+    (("--learning_rate", 1e300, "--batch_size", 128), ("epoch 1, step 1 of 1: a weight is not finite",)),
+])
+def test_what_is_not_finite_ends_the_run_with_the_checkpoint_before(run_main, capsys, options, words):
+    """A loss; and with one step an epoch a weight, after a finite loss."""
+    assert run_main("--epochs", 3, *options, "--trial", "run") == 1
     error = capsys.readouterr().err
-    assert "epoch 1, step 2 of 4: the loss is not finite" in error and "--learning_rate (1e+30)" in error
-    state = checkpoint.load("experiments/run/checkpoint.pt")
-    assert state["epoch"] == 0 and all(value.isfinite().all() for value in state["model"].values())
+    assert all(word in error for word in words)
+    assert state_of("run")["epoch"] == 0 and all(value.isfinite().all() for value in state_of("run")["model"].values())
 
 
-def test_weights_that_are_not_finite_are_not_saved(run_main, capsys):
-    """One step an epoch, whose loss is finite and whose update is not."""
-    settings = ("--batch_size", 128, "--epochs", 3, "--trial", "run")
-    assert run_main(*settings, "--learning_rate", 1e300) == 1
-    assert "a weight is not finite" in capsys.readouterr().err
-    assert checkpoint.load("experiments/run/checkpoint.pt")["epoch"] == 0
-
-
-@pytest.mark.parametrize("writes, code", [((7, 8), 0), (range(7, 100), 1)])
-def test_a_full_disk_costs_no_epoch_if_there_is_room_again(whole, run_main, monkeypatch, no_gpu, capsys, writes, code):
-    """Flushes {writes} are of the first epoch's log and backbone.pt. Without room to the end it is an error,
-    and the last checkpoint is kept."""
+@pytest.mark.parametrize("full, code", [(range(7, 9), 0), (range(7, 100), 1)])
+def test_a_full_disk_costs_no_epoch_if_there_is_room_again(whole, run_main, monkeypatch, no_gpu, capsys, full, code):
+    """The log cannot be written before and after the first epoch's kNN; or nothing can, from there to the end:
+    an error, and the last checkpoint is kept."""
     usual, calls = os.fsync, []
 
     def fsync(descriptor):
         if not os.path.isdir(f"/proc/self/fd/{descriptor}"):
             calls.append(1)
-            if len(calls) in writes:
+            if len(calls) in full:
                 raise OSError(28, "No space left on device")
         return usual(descriptor)
 
@@ -347,20 +281,17 @@ def test_a_full_disk_costs_no_epoch_if_there_is_room_again(whole, run_main, monk
         patch.setattr(os, "fsync", fsync)
         assert run_main(*WHOLE, "--trial", "run") == code
     error = capsys.readouterr().err
-    assert "log.jsonl could not be written (No space left on device); the run continues" in error
+    assert error.count("log.jsonl could not be written (No space left on device); the run continues") >= 2
     assert ("everything after epoch 0 is lost" in error) == (code == 1)
     assert not [name for name in os.listdir("experiments/run") if name.endswith(".partial")]
     if code == 1:
-        assert checkpoint.load("experiments/run/checkpoint.pt")["epoch"] == 0
+        assert state_of("run")["epoch"] == 0
         assert run_main("--resume", "auto", "--trial", "run") == 0
     assert_same_run(whole, "run")
 
 
 def test_figures_that_fail_do_not_end_a_run(run_main, monkeypatch, capsys):
-    def broken(folder):
-        raise KeyError("config.json was edited")
-
-    monkeypatch.setattr("utils.report.draw_run", broken)
+    monkeypatch.setattr("utils.report.draw_run", lambda folder: {}["config.json was edited"])
     assert run_main("--epochs", 1) == 0
     assert "no plots ('config.json was edited')" in capsys.readouterr().err
 
@@ -396,13 +327,6 @@ def test_without_a_terminal_there_is_a_line_an_epoch(monkeypatch, capsys):
     lines = output.splitlines()
     assert error == "" and len(lines) == 1000 and lines[-1] == "epoch 1000/1000  loss 999"
     assert lines[249] == "epoch 250/1000  loss 249, 12:30 left"
-
-
-def test_a_closed_terminal_does_not_end_a_run(tmp_path):
-    command = [sys.executable, "main.py", *SMALL, "--epochs", "2", "--eval_freq", "1", "--exp_dir", str(tmp_path)]
-    with open("/dev/full", "w") as full:
-        assert subprocess.run(command, cwd=REPO, stdout=full, stderr=full).returncode == 0
-    assert [record["epoch"] for record in log.read(str(tmp_path / "1"))] == [1, 2]
 
 
 def test_tensorboard_has_the_log(run_main):

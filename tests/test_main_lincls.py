@@ -8,6 +8,7 @@ import torch
 
 import main_lincls
 import simsiam
+from conftest import before_call
 from utils import checkpoint, log
 from utils.augment import crop_flip, draw_views, epoch_generator, normalize
 from utils.data import balanced_subset
@@ -19,35 +20,38 @@ def results(trial):
     return {name: value for name, value in found.items() if name != "seconds"}
 
 
-@pytest.mark.parametrize("features", ["augmented", "cached"])
-def test_evaluates_what_main_wrote(run_lincls, finished_run, capsys, features):
-    epochs = ["--epochs", 5] * (features == "augmented")
-    checkpoint_pt = os.path.join(finished_run, "checkpoint.pt")
-    assert run_lincls("--features", features, *epochs, "--pretrained", checkpoint_pt, "--trial", "eval") == 0
+@pytest.mark.parametrize("features, options", [
+    ("augmented", ("--epochs", 5, "--batch_size", 128)), ("cached", ()),
+])
+def test_evaluates_what_main_wrote(run_lincls, finished_run, no_gpu, shapes, capsys, features, options):
+    """The result is that of the saved classifier, here and with --evaluate; SGD's rate is torch's MultiStepLR."""
+    options += ("--precision", "fp32", "--pretrained", os.path.join(finished_run, "checkpoint.pt"))
+    assert run_lincls("--features", features, *options, "--trial", "eval") == 0
     output, records, found = capsys.readouterr().out, log.read("experiments/eval"), results("eval")
     assert f"linear top-1: {records[-1]['test_top1']:.2f} %" in output and "100 test images" in output
     assert found["test_top1"] == records[-1]["test_top1"] and found["images"] == 100
     assert len(found["class_top1"]) == 10 and sum(map(sum, found["confusion"])) == 100
+    assert {"classifier.pt", "config.json", "log.jsonl", "results.json"} <= set(os.listdir("experiments/eval"))
     if features == "augmented":
         best = max(record["test_top1"] for record in records)
         assert [record["epoch"] for record in records] == [1, 2, 3, 4, 5] and found["best_top1"] == best
         assert f"{best:.2f} %, selected on the test set" in output
-    assert {"classifier.pt", "config.json", "log.jsonl", "results.json"} <= set(os.listdir("experiments/eval"))
-
-
-def test_the_saved_classifier_gives_the_result(run_lincls, finished_run, no_gpu, shapes, capsys):
-    assert run_lincls("--epochs", 2, "--trial", "eval") == 0
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=15.0)  # 30 for a batch of 256
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 4])
+        for record in records:
+            assert record["lr"] == pytest.approx(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
     backbone = simsiam.load_backbone(os.path.join(finished_run, "backbone.pt"), verbose=False)
-    weights = torch.load("experiments/eval/classifier.pt", weights_only=True)
+    weights = checkpoint.load("experiments/eval/classifier.pt")
     with torch.no_grad():
         logits = backbone(normalize(shapes.test_images[:100])) @ weights["weight"].T + weights["bias"]
     correct = (logits.argmax(dim=1) == shapes.test_labels[:100]).double().mean().item()
-    assert results("eval")["test_top1"] == pytest.approx(100 * correct, abs=1.01)  # one image at a tie
-    capsys.readouterr()
-    assert run_lincls("--evaluate", "experiments/eval/classifier.pt", "--trial", "again") == 0
+    assert found["test_top1"] == pytest.approx(100 * correct, abs=1.01)  # one image at a tie
+    assert run_lincls("--evaluate", "experiments/eval/classifier.pt", "--precision", "fp32", "--trial", "again") == 0
     for name in ("test_top1", "test_top5", "class_top1", "confusion"):
-        assert results("again")[name] == results("eval")[name]
-    assert "another backbone" not in capsys.readouterr().err
+        assert results("again")[name] == found[name]
+    assert "other features" not in capsys.readouterr().err
 
 
 def test_sgd_matches_the_protocol_written_out(run_lincls, finished_run, no_gpu, shapes):
@@ -87,17 +91,7 @@ def test_all_batches_have_one_shape(run_lincls, monkeypatch):
 
     monkeypatch.setattr("utils.device.compile_for", recorded)
     assert run_lincls("--epochs", 1, "--batch_size", 50) == 0
-    assert len(shapes) == 3 and set(shapes) == {((50, 3, 32, 32), (50,))}
-
-
-def test_the_rate_is_torchs_multistep(run_lincls):
-    assert run_lincls("--epochs", 10, "--batch_size", 128, "--trial", "eval") == 0
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=15.0)  # 30 for a batch of 256
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [6, 8])
-    for record in log.read("experiments/eval"):
-        assert record["lr"] == pytest.approx(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
+    assert shapes == 3 * [((50, 3, 32, 32), (50,))]
 
 
 def test_lbfgs_finds_the_minimum():
@@ -142,19 +136,10 @@ def test_a_backbone_that_moves_is_noticed(run_lincls, monkeypatch):
 
 
 @pytest.mark.parametrize("updates", [1, 6, 8])  # in the first epoch, in the second, in its last step
-def test_an_interrupted_evaluation_resumes_to_the_same_result(run_lincls, no_gpu, monkeypatch, capsys, updates):
+def test_an_interrupted_evaluation_resumes_to_the_same_result(run_lincls, no_gpu, capsys, updates):
     settings = ("--epochs", 4, "--batch_size", 32, "--fraction", 0.8)
     assert run_lincls(*settings, "--trial", "whole") == 0
-    usual, calls = torch.optim.SGD.step, []
-
-    def step(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == updates:
-            signal.raise_signal(signal.SIGTERM)
-        return usual(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.SGD, "step", step)
+    with before_call(updates, torch.optim.SGD, "step", lambda: signal.raise_signal(signal.SIGTERM)):
         assert run_lincls(*settings, "--trial", "stopped") == 128 + signal.SIGTERM
     command = capsys.readouterr().out.split("main_lincls.py ")[-1].split()
     assert command == ["--resume", "experiments/stopped/evaluation.pt"]
@@ -174,9 +159,7 @@ def test_a_time_limit_stops_either_kind_before_there_is_a_result(run_lincls, no_
         assert run_lincls("--resume", "auto", "--trial", features) == 0 and results(features)["test_top1"] >= 0
 
 
-def test_another_backbone_is_not_resumed_and_a_classifier_of_it_is_warned_of(
-    run_lincls, finished_run, refused, no_gpu, capsys,
-):
+def test_another_backbone_is_not_resumed_and_warned_of(run_lincls, finished_run, refused, no_gpu, capsys):
     assert run_lincls("--features", "cached", "--trial", "a") == 0
     weights = checkpoint.load(os.path.join(finished_run, "backbone.pt"))
     checkpoint.save("other.pt", {**weights, "bn1.bias": weights["bn1.bias"] + 1})
@@ -213,8 +196,12 @@ def test_a_class_without_test_images_has_no_accuracy(run_lincls, no_gpu):
 
 def test_a_fraction_of_the_labels_is_the_balanced_subset(run_lincls, no_gpu, shapes, monkeypatch):
     seen = []
-    monkeypatch.setattr(main_lincls, "fit_lbfgs", lambda classifier, features, labels, *rest: (
-        seen.append(labels), (0.0, 1))[1])
+
+    def fit_lbfgs(classifier, features, labels, *rest):
+        seen.append(labels)
+        return 0.0, 1
+
+    monkeypatch.setattr(main_lincls, "fit_lbfgs", fit_lbfgs)
     assert run_lincls("--features", "cached", "--fraction", 0.3, "--seed", 2) == 0
     expected = shapes.train_labels[:128][balanced_subset(shapes.train_labels[:128], 0.3, 2)]
     assert torch.equal(seen[0], expected) and len(expected) < 50

@@ -35,9 +35,9 @@ def test_the_same_command_leads_from_the_data_to_the_released_weights(reproduce,
     """Stopped before the first step; resumed to the end; once more, when only the release is left to do again."""
     pretrain = "--width 16 --train_size 300 --test_size 200 --batch_size 64 --epochs 2"
     linear = "--features cached --train_size 300 --test_size 200"
-    weights, runs, logs = tmp_path / "released", tmp_path / "experiments" / "small", tmp_path / "logs"
-    command = ["--gpu=none", "--name", "small", "--weights", str(weights), "--entry", NAME,
-               "--data_root", cifar_root, "--pretrain", pretrain, "--linear", linear]
+    weights, runs, logs = tmp_path / "weights", tmp_path / "experiments" / "small", tmp_path / "logs"
+    command = ["--gpu", "none", "--name", "small", "--entry", NAME, "--data_root", cifar_root,
+               "--pretrain", pretrain, "--linear", linear]
     done = reproduce(*command, "--max_minutes", "0")
     assert done.returncode == 0 and done.stdout.endswith("Stopped after 0 minutes. The same command continues.\n")
     assert not (runs / "seed0-linear").exists() and (runs / "seed0" / "checkpoint.pt").exists()
@@ -59,14 +59,13 @@ def test_the_same_command_leads_from_the_data_to_the_released_weights(reproduce,
 
     written = {path: path.stat().st_mtime_ns for path in runs.glob("*/*") if path.suffix != ".png"}
     done = reproduce(*command, "--max_minutes", "0")
-    assert done.returncode == 0 and done.stdout.startswith(f"{weights}/{NAME}.pt: knn1 "), done.stdout + done.stderr
+    assert done.returncode == 0 and done.stdout.startswith("knn1    in fp32"), done.stdout + done.stderr
     assert written == {path: path.stat().st_mtime_ns for path in written}
 
 
 @pytest.mark.parametrize("args, words", [
     ("--seed 3", "unrecognized argument --seed;"), ("--name small --gpu", "--gpu requires a value"),
-    ("--seeds 0", "--seeds"), ("--seeds=two", "--seeds"), ("--max_minutes 0.5", "--max_minutes"),
-    ("--name a/b", "--name"), ("--gpu 0,1", "--gpu"), ("--entry resnet", "--entry")])
+    ("--seeds 0", "--seeds"), ("--max_minutes 0.5", "--max_minutes"), ("--entry resnet", "--entry")])
 def test_wrong_options_are_one_line(reproduce, tmp_path, args, words):
     done = reproduce(*args.split(), python="/no/python")
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1 and words in done.stderr
@@ -124,4 +123,4 @@ def test_a_command_that_fails_ends_it(reproduce, tmp_path):
 
 def test_the_help_lists_every_option(reproduce):
     listed = re.findall(r"^(--\w+) ", reproduce("--help").stdout, re.MULTILINE)
-    assert len(listed) == 9 and f"    {' | '.join(listed)}) ;;\n" in (REPO / "reproduce.sh").read_text()
+    assert len(listed) == 8 and f"    {' | '.join(listed)}) ;;\n" in (REPO / "reproduce.sh").read_text()

@@ -1,7 +1,6 @@
 """benchmarks/speed.py: both programs do the same work, and both are in what it writes."""
 import json
 import os
-import re
 import subprocess
 import sys
 
@@ -13,7 +12,7 @@ from utils.augment import MEAN, STD
 
 
 def test_the_plain_views_are_simsiams():
-    views = str(speed.TwoViews.transform)
+    views = str(speed.TRANSFORM)
     for part in ("scale=(0.2, 1.0)", "brightness=(0.6, 1.4)", "hue=(-0.1, 0.1)", "p=0.8", "Grayscale(p=0.2)",
                  f"mean={MEAN}, std={STD}"):
         assert part in views
@@ -28,7 +27,7 @@ def test_bad_input_is_one_line(refused, no_gpu, option):
 @pytest.mark.slow
 def test_rows_have_both_programs(tmp_path):
     """Without what utils sets: the plain script runs in the environment in which speed.py was started."""
-    options = f"--width 4 --batch_size 16 --steps 2 --rounds 1 --data_root {tmp_path} --json {tmp_path}/rows.json"
+    options = f"--width 4 --batch_size 16 --rounds 1 --json {tmp_path}/rows.json"
     output = subprocess.run([sys.executable, "benchmarks/speed.py", *options.split()], cwd=REPO, text=True, check=True,
                             capture_output=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).stdout
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
@@ -36,8 +35,8 @@ def test_rows_have_both_programs(tmp_path):
     for row in rows:
         (ours,), (plain,) = row["ours"], row["plain"]
         assert ours > 0 < plain and row["better"] == pytest.approx(ours / plain)
-        figures = rf"{row['what']} .*{plain:,.0f} \(.*\) +{ours:,.0f} \(.*\) +{row['better']:.2f}\n"
-        assert re.search(figures, output)
+        figures = f"{row['what']}, width 4, batch 16: plain [{plain}], ours [{ours}] views/s, {row['better']:.2f} times"
+        assert figures in output
 
 
 def test_the_plain_script_gets_an_environment_without_what_utils_adds():

@@ -10,7 +10,7 @@ import torch
 import main as pretraining
 import simsiam
 from conftest import SMALL
-from simsiam.resnet import Block, conv_bn
+from simsiam.resnet import BasicBlock, conv_bn
 from utils import checkpoint, log
 from utils.augment import apply_views
 from utils.device import compile_for, select_precision
@@ -74,18 +74,15 @@ def test_ten_steps_match_a_plain_implementation(tmp_path, cifar_root, cifar, no_
         assert record["loss"] == pytest.approx(sum(losses[5 * epoch:5 * epoch + 5]) / 5, rel=1e-4)
 
 
-def test_the_cosine_counts_epochs_from_zero():
+def test_the_cosine_counts_epochs_from_zero_and_covers_what_the_linear_warm_up_leaves():
     rates = [pretraining.cosine(0.06, epoch, 800) for epoch in range(800)]
-    assert rates[0] == 0.06 and rates[400] == pytest.approx(0.03) and 0 < rates[-1] < 1e-5
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.06)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 800)
     for rate in rates:
         assert rate == pytest.approx(schedule.get_last_lr()[0], abs=1e-9)
         optimizer.step()
         schedule.step()
-
-
-def test_warm_up_is_linear_and_the_cosine_covers_the_rest():
+    assert rates[0] == 0.06 and rates[400] == pytest.approx(0.03) and 0 < rates[-1] < 1e-5
     rates = [pretraining.cosine(0.5, epoch, 100, 10) for epoch in range(100)]
     assert rates[:11] == pytest.approx([0.5 * (epoch + 1) / 11 for epoch in range(11)])
     assert rates[10:] == pytest.approx([0.25 * (1 + math.cos(math.pi * i / 90)) for i in range(90)])
@@ -104,15 +101,17 @@ def test_an_epoch_is_a_function_of_seed_and_epoch():
 
 
 def test_asymmetric_2x_is_the_mean_over_two_pairs_of_views(shapes):
-    args = settings(symmetry="asymmetric_2x")
-    order, draws = pretraining.draw_epoch(args, 0, shapes.train_images, CPU)
+    """Without stop-gradient, so that z has one: the std is no part of it, else the metrics of an epoch hold the
+    activations of all its steps."""
+    order, draws = pretraining.draw_epoch(settings(symmetry="asymmetric_2x"), 0, shapes.train_images, CPU)
     images, draws = shapes.train_images[order[:32]], [view.rows(slice(32)) for view in draws]
     assert len(draws) == 4 and not torch.equal(draws[1].top, draws[3].top)
 
     def forward(symmetry, views):
-        changed = settings(symmetry=symmetry)
-        model = pretraining.build(changed, CPU)[0]
-        loss, std = pretraining.make_forward(changed, model, CPU)(images, 32, views)
+        args = settings(symmetry=symmetry, stop_gradient=False)
+        model = pretraining.build(args, CPU)[0]
+        loss, std = pretraining.make_forward(args, model, CPU)(images, 32, views)
+        assert loss.requires_grad and not std.requires_grad
         loss.backward()
         return loss, std, *(parameter.grad for parameter in model.parameters())
 
@@ -120,16 +119,6 @@ def test_asymmetric_2x_is_the_mean_over_two_pairs_of_views(shapes):
     pairs = zip(forward("asymmetric", draws[:2]), forward("asymmetric", draws[2:]))
     for value, (first, second) in zip(both, pairs, strict=True):
         torch.testing.assert_close(value, (first + second) / 2, rtol=1e-3, atol=1e-6)
-
-
-def test_the_std_is_no_part_of_the_gradient(shapes):
-    """Else the metrics of an epoch hold the activations of all its steps."""
-    for stop_gradient in (True, False):
-        args = settings(stop_gradient=stop_gradient)
-        order, draws = pretraining.draw_epoch(args, 0, shapes.train_images, CPU)
-        forward = pretraining.make_forward(args, pretraining.build(args, CPU)[0], CPU)
-        loss, std = forward(shapes.train_images[order[:32]], 32, [view.rows(slice(32)) for view in draws])
-        assert loss.requires_grad and not std.requires_grad
 
 
 def test_a_first_step_that_the_scaler_skips_changes_nothing():
@@ -216,29 +205,23 @@ def test_outputs_collapse_without_stop_gradient_and_without_predictor(run_main):
         assert max(values) < min(control) / 3, (std, control)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-@pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="Inductor compiles for the real processor")
-def test_inductor_computes_the_same_step(shapes):
-    compare_compiled(shapes, CPU)
-
-
-@needs_cuda
-def test_inductor_computes_the_same_step_on_cuda(shapes, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    compare_compiled(shapes, torch.device("cuda", 0))
-
-
-def compare_compiled(shapes, device):
+@pytest.mark.parametrize("device", [
+    pytest.param(CPU, marks=[
+        pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
+        pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="Inductor compiles for the real processor")]),
+    pytest.param(torch.device("cuda", 0), marks=needs_cuda),
+])
+def test_inductor_computes_the_same_step(shapes, monkeypatch, device):
     """Loss and gradients of the compiled step against the eager one, in float32, with a backbone of two blocks: a
     ResNet takes minutes to compile on a CPU."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     images, results = shapes.train_images.to(device), []
     for compiled in (False, True):
         args = settings(compile=compiled, width=8)
         torch.manual_seed(0)
-        backbone = torch.nn.Sequential(*conv_bn(3, 8, 3, stride=2), torch.nn.ReLU(), Block(8, 16, 2),
-                                       Block(16, 32, 2), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+        backbone = torch.nn.Sequential(*conv_bn(3, 8, 3, stride=2), torch.nn.ReLU(), BasicBlock(8, 16, 2),
+                                       BasicBlock(16, 32, 2), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
         backbone.feature_dim = 32
         model = simsiam.SimSiam(backbone, 64, 32).to(device, memory_format=torch.channels_last)
         order, draws = pretraining.draw_epoch(args, 0, images, device)

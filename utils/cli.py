@@ -220,25 +220,17 @@ def bar(*args, **options):
     return tqdm(*args, **options, dynamic_ncols=True, disable=True if quiet else None)
 
 
-class Progress(tqdm):
-    """Progress of a run over its epochs: a bar on a terminal, else a line an epoch."""
+def progress_bar(epochs, done):
+    """A bar over the epochs of a run, of which `done` are, with a fraction."""
+    form = "{bar}| {n:.1f}/{total} epochs [{elapsed}<{remaining}{postfix}]"
+    return bar(total=epochs, initial=done, smoothing=0, mininterval=0.2, bar_format=form)
 
-    def __init__(self, epochs, done):
-        self.first, self.begin = done, time.monotonic()
-        form = "{bar}| {n:.1f}/{total} epochs [{elapsed}<{remaining}{postfix}]"
-        super().__init__(total=epochs, initial=done, smoothing=0, mininterval=0.2, bar_format=form,
-                         dynamic_ncols=True, disable=True if quiet else None)
 
-    def advance(self, done, summary="", keep=False):
-        """done: epochs, or a fraction. summary: text after an epoch. keep: print it on a terminal too."""
-        self.update(done - self.n)
-        if summary:
-            self.set_postfix_str(summary)
-        if summary and (keep or self.disable):
-            if self.first < done < self.total:
-                seconds = (time.monotonic() - self.begin) / (done - self.first) * (self.total - done)
-                summary += f", {tqdm.format_interval(round(seconds))} left"
-            info(f"epoch {done}/{self.total}  {summary}")
+def show_epoch(progress, epoch, summary, keep):
+    """Show the summary of an epoch beside the bar; if kept, or without a terminal, as a line."""
+    progress.set_postfix_str(summary)
+    if keep or progress.disable:
+        info(f"epoch {epoch}/{progress.total}  {summary}")
 
 
 class Stopped(Exception):

@@ -18,15 +18,12 @@ from utils.cli import bar, info, warn
 
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}  # not class names
 BATCH_BYTES = 2**20  # of images from one process to another: containers have little shared memory
-HINT = "--skip_broken trains without such files"
 
 
 def list_images(folder):
-    """The images of a folder as [(path, label)], by file name, then by path, and class names. Classes
-    are its subfolders, as in ImageFolder; without any, labels are -1. Hidden files are ignored; other
-    types are counted in a warning. Raises OSError for a folder, or a class, without images."""
-    if not os.path.isdir(folder):
-        raise OSError(f"{folder!r}: no such folder")
+    """The images of a folder as [(path, label)], by file name, then by path, and class names: its
+    subfolders, as in ImageFolder; without any, labels are -1. Hidden files are ignored, others
+    counted in a warning. Raises OSError for a folder, or a class, without images."""
     classes, found, skipped, errors = [], [], collections.Counter(), []
     for place, folders, names in os.walk(folder, onerror=errors.append, followlinks=True):
         here = Path(place).resolve()  # a link to it, or above it, would be followed for ever
@@ -36,73 +33,84 @@ def list_images(folder):
         if top == ".":
             classes = sorted(folders)
         for name in names:
-            if name.startswith("."):
-                continue
-            if not name.lower().endswith(IMG_EXTENSIONS):
-                skipped[os.path.splitext(name)[1].lower() or "without extension"] += 1
-            elif classes and top == ".":
-                skipped["images outside the class folders"] += 1
-            else:
-                label = classes.index(top) if classes else -1
-                found.append((name, os.path.join(place, name), label))
+            kind = os.path.splitext(name)[1].lower()
+            if kind in IMG_EXTENSIONS and not name.startswith(".") and not (classes and top == "."):
+                found.append((name, os.path.join(place, name), top))
+            elif not name.startswith("."):
+                skipped[kind or "without extension"] += 1
     if errors:
         raise errors[0]
-    labels = {label for _, _, label in found}
-    empty = [os.path.join(folder, name) for i, name in enumerate(classes) if i not in labels]
+    empty = sorted({*classes} - {top for *_, top in found})
     if empty or not found:
-        raise OSError(f"{(empty or [folder])[0]!r}: no images ({', '.join(IMG_EXTENSIONS)})")
+        place = os.path.join(folder, *empty[:1])
+        raise OSError(f"{place!r}: no images ({', '.join(IMG_EXTENSIONS)})")
     if skipped:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.items()))
-        warn(f"{folder}: {skipped.total()} files skipped: {kinds}")
-    return [(path, label) for _, path, label in sorted(found)], classes
+        warn(f"{folder}: {skipped.total()} files are no images, or in no class folder: {kinds}")
+    return [(path, classes.index(top) if classes else -1) for _, path, top in sorted(found)], classes
 
 
 def choose_splits(root, test_share):
-    """Training and test images as [(path, label)], and class names: root/train with root/test, or
-    root/val; without these `split_by_hash` splits root/train, or root. With fewer than two classes there
-    are no test images. Raises what `list_images` does, ValueError for folders that do not fit."""
+    """Training and test images as [(path, label)], and class names: root/train with root/test or
+    root/val; else `split_by_hash` splits root/train, or root. With fewer than two classes there are
+    no test images. Raises what `list_images` does, ValueError for folders that do not fit."""
     train, *tests = [os.path.join(root, name) for name in ("train", "test", "val")]
     folder = train if os.path.isdir(train) else root
     tests = [path for path in tests if os.path.isdir(path) and folder == train]
     images, classes = list_images(folder)
     named = [name for name in classes if name.lower() in SPLITS]
     if len(named) > 1:
-        raise ValueError(f"{folder} has {', '.join(named)}: splits are called train and test (or val)")
+        raise ValueError(f"{folder} has {', '.join(named)}: splits are called train and test")
     if len(classes) < 2:
         return images, [], classes
     if not tests:
         return *split_by_hash(images, folder, test_share), classes
     test_images, test_classes = list_images(tests[0])
-    if not test_classes:
-        raise ValueError(f"{tests[0]}: no class folders")
-    unknown = [name for name in test_classes if name not in classes]
-    if unknown:
-        raise ValueError(f"{tests[0]}: {', '.join(unknown)}: not a class of {folder}")
+    unknown = sorted({*test_classes} - {*classes})
+    if unknown or not test_classes:
+        unknown = ", ".join(unknown) or "no class folders"
+        raise ValueError(f"{tests[0]}: {unknown}; its classes must be those of {folder}")
     return images, [(path, classes.index(test_classes[i])) for path, i in test_images], classes
 
 
 def split_by_hash(images, folder, share):
     """Split [(path, label)] into training and test images: about a share of each class, at least
     one image. A hash of its path decides, so the split is stable when images are added."""
-    hashes = [hashlib.sha256(os.fsencode(os.path.relpath(path, folder))) for path, _ in images]
-    values = [int(digest.hexdigest(), 16) / 2**256 for digest in hashes]  # uniform in [0, 1)
-    least = {}  # of each class
-    for (_, label), value in zip(images, values):
-        least[label] = min(value, least.get(label, 1))
-    test = {image for image, value in zip(images, values) if value < share or value == least[image[1]]}
-    return [image for image in images if image not in test], [image for image in images if image in test]
+    hashes, least = {}, {}  # uniform in [0, 1), and the least of each class
+    for path, label in images:
+        digest = hashlib.sha256(os.fsencode(os.path.relpath(path, folder))).hexdigest()
+        hashes[path] = int(digest, 16) / 2**256
+        least[label] = min(hashes[path], least.get(label, 1))
+    splits = [], []
+    for path, label in images:
+        splits[hashes[path] < share or hashes[path] == least[label]].append((path, label))
+    return splits
 
 
 def load_splits(root, size, test_share, cache_dir, skip_broken):
-    """A folder of images as [(train images, labels), (test images, labels)] and class names:
-    arrays uint8 [N, 3, size, size] and int64 [N]. Raises what `choose_splits` and `cached_images`
-    do, and ValueError for test images of a class without training images."""
+    """A folder of images as [(train images, labels), (test images, labels)] and class names: arrays
+    uint8 [N, 3, size, size], mapped from an .npy file in cache_dir, which is made again if files, their
+    sizes or times change, and int64 [N]. Raises what `choose_splits` and `make_cache` do."""
     if os.path.realpath(cache_dir).startswith(os.path.join(os.path.realpath(root), "")):
         raise ValueError(f"--cache_dir {cache_dir} lies among the images of {root}; choose another")
     train, test, classes = choose_splits(root, test_share)
-    files, labels = zip(*train, *test)
-    images, broken = cached_images(root, files, size, cache_dir, skip_broken)
-    labels = numpy.array([label for i, label in enumerate(labels) if i not in broken])
+    source = {"image_size": size, "files": []}
+    for file, _ in train + test:
+        stat = os.stat(file, follow_symlinks=os.path.exists(file))  # also of a broken link
+        source["files"].append([os.path.abspath(file), stat.st_size, stat.st_mtime_ns])
+    place = os.path.abspath(root)
+    digest = hashlib.sha256(os.fsencode(place)).hexdigest()[:8]
+    path = os.path.join(cache_dir, f"{os.path.basename(place)}-{size}px-{digest}")
+    found = read_cache(path, source, skip_broken)
+    if found is None:
+        os.makedirs(cache_dir, exist_ok=True)
+        with checkpoint.lock(f"{path}.lock", wait=True):  # another process may make it meanwhile
+            found = read_cache(path, source, skip_broken) or make_cache(path, source, skip_broken)
+    images, broken = found
+    if broken:
+        warn(f"{len(broken)} of {len(source['files'])} images cannot be read and are skipped: "
+             + "; ".join(list(broken.values())[:3]))
+    labels = numpy.array([label for i, (_, label) in enumerate(train + test) if i not in broken])
     count = sum(i not in broken for i in range(len(train)))
     lost = [classes[label] for label in sorted(set(labels[count:]) - set(labels[:count]))]
     if lost:
@@ -111,8 +119,8 @@ def load_splits(root, size, test_share, cache_dir, skip_broken):
 
 
 def load_folder(folder, size):
-    """All images of a folder: uint8 [N, 3, size, size], labels int64 [N], class names and paths, in
-    the order of `list_images`. Raises OSError as that does, and for an image that cannot be read."""
+    """All images of a folder: uint8 [N, 3, size, size], labels int64 [N], class names and paths, as
+    `list_images` orders them. Raises OSError, also for an image that cannot be read."""
     images, classes = list_images(folder)
     files, labels = zip(*images)
     parts = []
@@ -123,41 +131,9 @@ def load_folder(folder, size):
     return torch.cat(parts), torch.tensor(labels), classes, files
 
 
-def cached_images(root, files, size, cache_dir, skip_broken):
-    """The images of files as an array uint8 [N, 3, size, size], mapped from a .npy file in cache_dir,
-    and {index: why} of the files that cannot be read, which it lacks. It is made again if files,
-    their sizes or times have changed. Raises ValueError for such a file unless skip_broken."""
-    root = os.path.abspath(root)
-    source = {"image_size": size, "files": [stamp(os.path.abspath(file)) for file in files]}
-    digest = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
-    path = os.path.join(cache_dir, f"{os.path.basename(root)}-{size}px-{digest}")
-    found = read_cache(path, source)
-    if found is None:
-        os.makedirs(cache_dir, exist_ok=True)
-        with checkpoint.lock(f"{path}.lock", wait=True):
-            found = read_cache(path, source)  # another process may have made it meanwhile
-            if found is None:
-                make_cache(path, source, skip_broken)
-                found = read_cache(path, source)
-    images, broken = found
-    if broken and not skip_broken:
-        raise ValueError(f"{list(broken.values())[0]}; {HINT}")
-    if broken:
-        some = "; ".join(list(broken.values())[:3])
-        warn(f"{len(broken)} of {len(files)} images cannot be read and are skipped: {some}")
-    return images, broken
-
-
-def stamp(file):
-    """[path, bytes, time of change], by which a changed file is recognized."""
-    if not os.path.exists(file):  # a broken link, say; reading it fails
-        return [file, None, None]
-    return [file, os.stat(file).st_size, os.stat(file).st_mtime_ns]
-
-
-def read_cache(path, source):
-    """The images and {index: why} in a cache; None unless it is whole, of this source, and the
-    files that it lacks still cannot be read."""
+def read_cache(path, source, skip_broken):
+    """The images and {index: why} in a cache; None unless it is whole, of this source, and lacks no
+    files or, with skip_broken, those that still cannot be read."""
     with contextlib.suppress(Exception):  # of any type: the files may hold anything
         about = checkpoint.read_json(f"{path}.json", "source", "broken")
         images = numpy.load(f"{path}.npy", mmap_mode="c")
@@ -167,34 +143,35 @@ def read_cache(path, source):
             _, failures = read_images([(i, source["files"][i][0]) for i in broken], size)
             if hasattr(mmap, "MADV_RANDOM"):  # not on Windows; batches are random rows
                 images._mmap.madvise(mmap.MADV_RANDOM)
-            return (images, broken) if len(failures) == len(broken) else None
-    return None
+            if len(failures) == len(broken) and (skip_broken or not broken):
+                return images, broken
 
 
 def make_cache(path, source, skip_broken):
-    """Write path.npy and, when it is whole, path.json; ValueError also if no file can be read."""
+    """Write path.npy, then path.json; as `read_cache`. ValueError for a file that cannot be read."""
     files, size = [file for file, _, _ in source["files"]], source["image_size"]
     info(f"{path}.npy: made once from {len(files):,} images, {len(files) * 3 * size**2 / 1e9:.3f} GB")
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(f"{path}.json")  # of other images
     broken = {}
     with checkpoint.writing(f"{path}.npy") as file:
         file.seek(128)  # the header is written last, when the number of images is known
         for images, failures in bar(decode(files, size), desc="images", unit="batch"):
             broken |= failures
             if broken and not skip_broken:
-                raise ValueError(f"{list(broken.values())[0]}; {HINT}")
+                raise ValueError(f"{list(broken.values())[0]}; --skip_broken skips such files")
             file.write(images.numpy())
         if len(broken) == len(files):
-            raise ValueError(f"{len(files)} images, and none of them can be read; the first: {broken[0]}")
+            raise ValueError(f"none of {len(files)} images can be read; the first: {broken[0]}")
         file.seek(0)
         shape = (len(files) - len(broken), 3, size, size)
         numpy.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(f"{path}.json")  # of other images
     checkpoint.write_json(f"{path}.json", {"source": source, "broken": list(broken.items())})
+    return read_cache(path, source, skip_broken)
 
 
 def decode(files, size):
-    """The results of `read_images` of batches of files, in order, by a process per thread of torch."""
+    """The results of `read_images` of batches of files, in order, from a process per thread."""
     batch = max(1, BATCH_BYTES // (3 * size**2))
     workers = torch.get_num_threads() if len(files) > batch else 0
     return torch.utils.data.DataLoader(list(enumerate(files)), batch, num_workers=workers,
@@ -202,13 +179,12 @@ def decode(files, size):
 
 
 def read_images(files, size):
-    """Images of [(index, path)]: uint8 [N, 3, size, size], resized (short side, antialiased) and
-    center-cropped, and {index: why} of the files that cannot be read, which the images lack."""
+    """Images of [(index, path)], uint8 [N, 3, size, size], and {index: why} of those it cannot read."""
     images, failures = [], {}
     for index, file in files:
         try:
             image = read_image(file)
-            if image.size != (size, size):
+            if image.size != (size, size):  # short side resized, antialiased; center crop
                 image = functional.center_crop(functional.resize(image, [size]), [size, size])
             images.append(numpy.asarray(image))
         except (OSError, ValueError) as error:

@@ -106,8 +106,6 @@ def begin(run, data, order, draws):
         info(f"Batch norm: statistics of the {settings['bn_batch']} images of each process.")
     if not data.has_classes:
         info("No labels of several classes: no kNN; effective_rank is logged (docs/data.md).")
-    if size > 128:
-        info(f"{size} pixels take {(size / 32)**2:.0f} times the arithmetic of 32.")
     if not os.path.exists(run.path("views.png")):
         with run.optional("plots"):
             images = data.train_images[order[:6]].to(run.device)
