@@ -43,8 +43,7 @@ def measure(backbone, data, args, device):
     predicted = knn.vote(similarities, neighbors, knn.TEMPERATURE, len(data.classes))
     metrics = {
         "knn1": knn.accuracy(neighbors[:, 0], labels), "knn200": knn.accuracy(predicted, labels),
-        "effective_rank": knn.effective_rank(queries), "feature_dim": queries.shape[1],
-    }
+        "effective_rank": knn.effective_rank(queries), "feature_dim": queries.shape[1]}
     return metrics, F.normalize(queries, dim=1), indices, predicted
 
 

@@ -34,8 +34,7 @@ TRANSFORM = transforms.Compose([
     transforms.RandomHorizontalFlip(augment.FLIP_P),
     transforms.RandomApply([transforms.ColorJitter(*augment.JITTER)], augment.JITTER_P),
     transforms.RandomGrayscale(augment.GRAY_P), transforms.ToTensor(),
-    transforms.Normalize(augment.MEAN, augment.STD),
-])
+    transforms.Normalize(augment.MEAN, augment.STD)])
 
 
 def two_views(batch):

@@ -19,10 +19,9 @@ from utils import checkpoint, cli, log
 STARTS = [*SMALL, "--epochs", "1", "--eval_freq", "1"]
 
 
-def test_runs_in_a_thread_and_several_in_a_process(run_main, no_gpu):
+def test_runs_in_a_thread_and_several_in_a_process(run_main, no_gpu, monkeypatch):
     """As in a notebook: no signals in a thread, nothing of a run left for the next one."""
-    codes = []
-    options = ("--epochs", 2, "--max_minutes", 0, "--trial", "run")
+    codes, options = [], ("--epochs", 2, "--max_minutes", 0, "--trial", "run")
     thread = threading.Thread(target=lambda: codes.append(run_main(*options)))
     thread.start()
     thread.join()
@@ -34,15 +33,12 @@ def test_runs_in_a_thread_and_several_in_a_process(run_main, no_gpu):
     assert len(log.read("experiments/run")) == 2 and len(log.read("experiments/1")) == 1
     assert handlers == [signal.getsignal(number) for number in cli.STOP_SIGNALS]
     assert checkpoint.read_json("experiments/1/config.json")["argv"][:2] == ["main.py", "--dataset"]
-
-
-def test_a_run_that_an_exception_ends_can_be_resumed_in_the_same_process(run_main, no_gpu, monkeypatch):
-    """A notebook keeps the last traceback, and with it everything that the run held."""
+    # A notebook keeps the traceback of an exception, and with it everything that the run held.
     with monkeypatch.context() as patch:
         patch.setattr(pretraining, "pretrain", lambda *args, **options: 1 / 0)
         with pytest.raises(ZeroDivisionError) as kept:
-            run_main("--epochs", 1, "--trial", "run")
-    assert run_main("--epochs", 1, "--trial", "run", "--resume", "auto") == 0 and kept.tb
+            run_main("--epochs", 1, "--trial", "failed")
+    assert run_main("--epochs", 1, "--trial", "failed", "--resume", "auto") == 0 and kept.tb
 
 
 @pytest.mark.parametrize("variables", [
@@ -76,7 +72,7 @@ def test_paths_are_expanded_in_every_option(tmp_path, monkeypatch):
     actions = [action for parser in parsers for action in parser._actions if action.metavar in paths]
     assert len(actions) >= 20 and all(action.type is cli.file_path for action in actions)
     args = parsers[0].parse_args(["--exp_dir=~/runs é", "--data_root", "$SCRATCH/${SCRATCH}"])
-    assert args.exp_dir == str(tmp_path / "home" / "runs é") and args.data_root == "/scratch dir//scratch dir"
+    assert (args.exp_dir, args.data_root) == (f"{tmp_path}/home/runs é", "/scratch dir//scratch dir")
     (tmp_path / "a$SCRATCH").touch()
     assert cli.file_path("a$SCRATCH") == "a$SCRATCH"
 
@@ -111,7 +107,7 @@ def test_foreign_backends_locales_and_streams_end_nothing(tmp_path, redirect):
 def test_nothing_that_only_unix_has_is_needed(tmp_path):
     """A small training, resumed and evaluated, without fcntl, os.O_DIRECTORY, fork, and Unix's signals."""
     code = textwrap.dedent(f"""
-        import os, signal, sys, runpy
+        import os, signal, sys
         import torch, torchvision, matplotlib.figure, tqdm  # what they need is not the question
         for module in ("fcntl", "resource", "termios", "pwd", "grp", "pty"):
             sys.modules[module] = None
@@ -119,13 +115,9 @@ def test_nothing_that_only_unix_has_is_needed(tmp_path):
             delattr(signal, name)
         for name in ("O_DIRECTORY", "fork", "forkpty", "killpg", "getuid", "geteuid", "setsid", "sched_getaffinity"):
             delattr(os, name)
+        import ablate, export, main, main_lincls, visualize
         for words in {[STARTS + ["--max_minutes", "0"], ["--resume", "auto"]]}:
-            sys.argv = ["main.py", *words, "--exp_dir", "runs"]
-            try:
-                runpy.run_path({str(REPO / "main.py")!r}, run_name="__main__")
-            except SystemExit as stop:
-                assert not stop.code, stop.code
-        import ablate, export, main_lincls, visualize
+            assert not main.main([*words, "--exp_dir", "runs"])
         data = "--dataset shapes --train_size 128 --test_size 100".split()
         options = "--pretrained runs/1/backbone.pt --epochs 1 --exp_dir linear".split()
         assert not main_lincls.main([*data, *options])

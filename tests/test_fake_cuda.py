@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ablate
 import main as pretraining
 import simsiam
-from simsiam.resnet import BasicBlock, ResNet
+from simsiam.resnet import ResNet
 from utils.augment import Draws, draw_views
 from utils.knn import extract_features, knn_predict
 
@@ -74,7 +74,7 @@ def test_a_step_is_one_graph(options):
         return graph
 
     with FakeTensorMode():
-        forward, inputs = fake_step(options, lambda: ResNet(BasicBlock, (1, 1, 1, 1), 4))
+        forward, inputs = fake_step(options, lambda: ResNet((1, 1, 1, 1), 4))
         compiled = torch.compile(forward, fullgraph=True, dynamic=False, backend=backend)
         for size in (16, 32, 16, 32) if not options else (32,):
             compiled(inputs[0], size, inputs[2])

@@ -2,7 +2,6 @@
 import math
 import os
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ import torch
 import main as pretraining
 import simsiam
 from conftest import SMALL
-from simsiam.resnet import BasicBlock, conv_bn
+from simsiam.resnet import Block, conv_bn
 from utils import checkpoint, log
 from utils.augment import apply_views
 from utils.device import compile_for, select_precision
@@ -22,9 +21,10 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 def settings(**changes):
     """main.py's settings of a small run, completed."""
     args = pretraining.make_parser().parse_args([*SMALL, "--precision", "fp32", "--learning_rate", "0.05"])
-    args = SimpleNamespace(**{**vars(args), **changes})
-    size, views = args.batch_size, 4 if args.symmetry == "asymmetric_2x" else 2
-    return SimpleNamespace(**{"steps": args.train_size // size, "views": views, "bn_batch": size, **vars(args)})
+    vars(args).update(changes)
+    args.steps, args.bn_batch = args.train_size // args.batch_size, args.batch_size
+    args.views = 4 if args.symmetry == "asymmetric_2x" else 2
+    return args
 
 
 def plain_steps(model, images, args):
@@ -64,7 +64,7 @@ def test_ten_steps_match_a_plain_implementation(tmp_path, cifar_root, cifar, no_
     torch.manual_seed(3)
     model = simsiam.SimSiam(simsiam.resnet18(8))
     start = model.backbone.conv1.weight.clone()
-    args = settings(learning_rate=0.03 * 64 / 256, epochs=2, batch_size=64, seed=3, steps=5)
+    args = settings(learning_rate=0.03 * 64 / 256, epochs=2, train_size=330, batch_size=64, seed=3)
     losses = plain_steps(model, cifar.train_images[:330], args)
     for name, expected in model.state_dict().items():
         difference = (ours[name].double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-3)
@@ -89,14 +89,14 @@ def test_the_cosine_counts_epochs_from_zero_and_covers_what_the_linear_warm_up_l
 
 
 def test_an_epoch_is_a_function_of_seed_and_epoch():
-    images, args = torch.zeros(100, 3, 32, 32), settings(batch_size=32, seed=0, steps=3)
+    images, args = torch.zeros(100, 3, 32, 32), settings(train_size=100)
     order, (draws1, draws2) = pretraining.draw_epoch(args, 0, images, CPU)
     assert len(set(order.tolist())) == len(order) == len(draws1.top) == 96  # each image at most once
     assert not torch.equal(draws1.factors, draws2.factors)
     again = pretraining.draw_epoch(args, 0, images, CPU)
     assert torch.equal(order, again[0]) and all(torch.equal(a, b) for a, b in zip(draws2, again[1][1]))
     for seed, epoch in ((0, 1), (1, 0)):
-        other = pretraining.draw_epoch(settings(batch_size=32, seed=seed, steps=3), epoch, images, CPU)
+        other = pretraining.draw_epoch(settings(train_size=100, seed=seed), epoch, images, CPU)
         assert not torch.equal(order, other[0]) and not torch.equal(draws1.factors, other[1][0].factors)
 
 
@@ -125,52 +125,50 @@ def test_a_first_step_that_the_scaler_skips_changes_nothing():
     """fp16: five steps of which the first has infinite gradients are the last four, bit for bit."""
     results = []
     for skipped in (0, 1):
-        (model, optimizer, _), generator = pretraining.build(settings(), CPU), torch.Generator().manual_seed(0)
-        parameters, scaler = list(model.parameters()), torch.amp.GradScaler("cpu", init_scale=8.0)
+        model, optimizer, _ = pretraining.build(settings(), CPU)
+        generator, scaler = torch.Generator().manual_seed(0), torch.amp.GradScaler("cpu", init_scale=8.0)
         for step in range(skipped + 4):
-            for parameter in parameters:
+            for parameter in model.parameters():
                 parameter.grad = torch.full_like(parameter, math.inf)
                 if step >= skipped:
                     parameter.grad = torch.randn(parameter.shape, generator=generator) * scaler.get_scale()
             scaler.scale(torch.zeros(()))
             scaler.step(optimizer)
             scaler.update()
-            momenta = [optimizer.state[parameter]["momentum_buffer"] for parameter in parameters]
+            momenta = [state["momentum_buffer"] for state in optimizer.state.values()]
             assert all((momentum == 0).all() for momentum in momenta) == (step < skipped)
-        results.append(parameters + momenta)
+        results.append([*model.parameters(), *momenta])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_the_precision_follows_the_device(monkeypatch):
+@pytest.mark.parametrize("avx512, amx, used, expected", [
+    (True, False, True, "bf16"), (False, True, True, "bf16"), (False, False, True, "fp32"), (True, True, False, "fp32"),
+])
+def test_the_precision_follows_the_device(monkeypatch, avx512, amx, used, expected):
     """bf16 where it is computed in, as torch says; an instruction set that torch may not use does not count."""
-    for avx512, amx, used, expected in ((True, False, True, "bf16"), (False, True, True, "bf16"),
-                                        (False, False, True, "fp32"), (True, True, False, "fp32")):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: used)
-        assert select_precision("auto", CPU) == expected
-    for capability, expected in (((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp16")):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: used)
+    assert [select_precision(name, CPU) for name in ("auto", "bf16", "fp32")] == [expected, "bf16", "fp32"]
+    for capability, name in (((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        assert select_precision("auto", torch.device("cuda")) == expected
-    for name in ("bf16", "fp32"):
-        assert select_precision(name, CPU) == name
+        assert select_precision("auto", torch.device("cuda")) == name
 
 
 def test_what_is_compiled(monkeypatch, capsys):
     """By default long runs on CUDA; where compiling fails, nothing, with a warning."""
-    cuda, compiled = torch.device("cuda"), []
-    monkeypatch.setattr(torch, "zeros", lambda *args, **options: None)  # there is no GPU to make them on
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or (lambda *args: 0))
-    for device, choice, steps, expected in (
-        (cuda, None, 5000, True), (cuda, None, 4999, False), (CPU, None, 10**6, False),
-        (cuda, True, 1, True), (CPU, True, 1, True), (cuda, False, 10**6, False),
-    ):
-        assert (compile_for(device, abs, choice, steps) is not abs) == expected
-    assert compiled.count(abs) == 3
-
     def broken(function, **options):
         raise RuntimeError("no Python.h\nand more")
 
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch, "zeros", lambda *args, **options: None)  # there is no GPU to make them on
+    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda *args: function)
+    for device, choice, steps, compiled in (
+        (cuda, None, 5000, True), (cuda, None, 4999, False), (CPU, None, 10**6, False),
+        (cuda, True, 1, True), (CPU, True, 1, True), (cuda, False, 10**6, False),
+    ):
+        function = compile_for(device, abs, choice, steps)
+        assert function() is abs if compiled else function is abs
     monkeypatch.setattr(torch, "compile", broken)
     assert compile_for(cuda, abs, True, 1) is abs
     assert capsys.readouterr().err == "warning: torch.compile failed; running eager (slower): no Python.h\n"
@@ -220,8 +218,8 @@ def test_inductor_computes_the_same_step(shapes, monkeypatch, device):
     for compiled in (False, True):
         args = settings(compile=compiled, width=8)
         torch.manual_seed(0)
-        backbone = torch.nn.Sequential(*conv_bn(3, 8, 3, stride=2), torch.nn.ReLU(), BasicBlock(8, 16, 2),
-                                       BasicBlock(16, 32, 2), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+        backbone = torch.nn.Sequential(*conv_bn(3, 8, 3, stride=2), torch.nn.ReLU(), Block(8, 16, 2),
+                                       Block(16, 32, 2), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
         backbone.feature_dim = 32
         model = simsiam.SimSiam(backbone, 64, 32).to(device, memory_format=torch.channels_last)
         order, draws = pretraining.draw_epoch(args, 0, images, device)

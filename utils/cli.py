@@ -15,8 +15,7 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGBREAK")  # W
 STOP_SIGNALS = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
 LAUNCHERS = {  # launchers' variables: the number of processes, and which one this is
     "WORLD_SIZE": "RANK", "SLURM_STEP_NUM_TASKS": "SLURM_PROCID", "PMI_SIZE": "PMI_RANK",
-    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
-}
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK"}
 TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 rank = int(os.environ["RANK"]) if TORCHRUN else 0
 processes = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1

@@ -91,8 +91,7 @@ def top_k(logits, labels, k):
 
 def confusion_matrix(predicted, labels, num_classes):
     """Counts int64 [C, C] on the CPU: true classes in rows, predicted ones in columns."""
-    counts = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
-    return counts.view(num_classes, num_classes).cpu()
+    return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, -1).cpu()
 
 
 def class_accuracies(confusion):

@@ -33,8 +33,7 @@ PLOTS = {  # the metrics in each plot, with their words, and the label of the y 
     "top1-acc": ({"knn200": "kNN, k = 200", "knn1": "kNN, k = 1", "test_top1": "linear, test",
                   "train_top1": "linear, training batches"}, "top-1 accuracy (%)"),
     "std": ({"std": "std"}, "std of l2-normalized z, × √d"),
-    "effective-rank": ({"effective_rank": "effective rank"}, "effective rank of the features"),
-}
+    "effective-rank": ({"effective_rank": "effective rank"}, "effective rank of the features")}
 
 
 @contextlib.contextmanager

@@ -24,8 +24,7 @@ CAPTIONS = {  # in the order of the page
     "neighbors": "Test images and the most similar training images; orange: of another class.",
     "map": "The test features in two dimensions.",
     "knn-confusion": "Confusion of classes by kNN.",
-    "spectrum": "Spectrum of the features' covariance. A dimensional collapse breaks it off.",
-}
+    "spectrum": "Spectrum of the features' covariance. A dimensional collapse breaks it off."}
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 16px/1.5 sans-serif; max-width: 62rem; margin: auto; overflow-wrap: anywhere; }}

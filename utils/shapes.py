@@ -44,8 +44,7 @@ SHAPES = {  # signed distances, negative inside, for u and v from -1 to 1
     "star": star,
     "stripes": lambda u, v: np.maximum(np.abs((u / 0.56 + 0.5) % 1 - 0.5) * 0.56 - 0.14, box(u, v, 0.84, 0.84)),
     "dots": dots,
-    "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 0.9, 0.7 - np.hypot(u - 0.42, v)),
-}
+    "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 0.9, 0.7 - np.hypot(u - 0.42, v))}
 CLASSES = tuple(SHAPES)
 
 
