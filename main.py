@@ -146,7 +146,7 @@ def cosine(rate, epoch, epochs, warmup=0):
 
 
 def draw_epoch(args, epoch, images, device):
-    """All randomness of an epoch, a function of (seed, epoch): the order of the images, int64
+    """The randomness of an epoch, of (seed, epoch): the order of the images, int64
     [steps * batch_size] on their device, and a list of Draws, one for each view of all images."""
     generator = augment.epoch_generator(args.seed, epoch, device)
     count = args.steps * args.batch_size

@@ -34,18 +34,22 @@ def pytest_configure(config):
 
 
 @contextlib.contextmanager
-def before_call(count, owner, name, act):
-    """In the context, act() before the count-th call of owner.name."""
+def before_calls(counts, owner, name, act):
+    """In the context, act() before each call of owner.name whose number, from 1, is in counts."""
     usual, calls = getattr(owner, name), itertools.count(1)
 
     def acting(*args, **kwargs):
-        if next(calls) == count:
+        if next(calls) in counts:
             act()
         return usual(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, acting)
         yield
+
+
+def no_room():
+    raise OSError(28, "No space left on device")
 
 
 @pytest.fixture(scope="session")
@@ -132,8 +136,7 @@ def refused(tmp_path, monkeypatch, capsys):
 
     def check(main, args, *words):
         def files():
-            paths = {path.relative_to(tmp_path) for path in tmp_path.rglob("*")} - {Path("experiments")}
-            return {path for path in paths if path.parts[0] != "cache"}
+            return {path for path in tmp_path.rglob("*") if path.name != "experiments" and "cache" not in path.parts}
 
         before = files()
         capsys.readouterr()

@@ -3,7 +3,6 @@ import os
 import pickle
 import random
 import shlex
-import shutil
 
 import pytest
 import torch
@@ -12,45 +11,32 @@ import ablate
 import export
 import main as pretraining
 import main_lincls
-from conftest import SMALL
+from conftest import SMALL, before_calls, no_room
 from utils import checkpoint
 
 
 PRETRAIN = [
-    ("--arch resnet19", ["--arch", "resnet19", "resnet18"]),
     ("--dataset mnist", ["mnist", "cifar100", "shapes"]),
     ("--dataset cifar10 --data_root none", ["none", "--data_root", "--dataset shapes"]),
-    ("--epochs 0", ["--epochs", "'0'", "at least 1"]),
-    ("--epochs 2.5", ["--epochs", "whole number"]),
-    ("--learning_rate -0.1", ["--learning_rate", "-0.1", "at least 0"]),
-    ("--learning_rate nan", ["--learning_rate", "finite"]),
-    ("--batch_size 1", ["--batch_size", "at least 2"]),
-    ("--batch_size 129", ["--batch_size 129", "128 training images"]),
+    ("--epochs 0", ["--epochs", "'0'", "at least 1"]), ("--epochs 2.5", ["--epochs", "whole number"]),
+    ("--epoch 3", ["--epoch 3"]), ("--learning_rate nan", ["--learning_rate", "finite"]),
+    ("--batch_size 1", ["--batch_size", "at least 2"]), ("--batch_size 129", ["--batch_size 129", "128 training"]),
     ("--warmup_epochs 800", ["--warmup_epochs 800", "800 epochs"]),
     ("--fix_pred_lr --predictor none", ["--fix_pred_lr", "--predictor none"]),
-    ("--precision fp16", ["fp16", "fp32 or bf16"]),
-    ("--gpu 0", ["--gpu 0", "omit --gpu"]),
-    ("--gpu -1", ["--gpu -1"]),
-    ("--trial a/b", ["a/b", "plain folder name"]),
-    ("--trial ..", ["plain folder name"]),
-    ("--epoch 3", ["--epoch 3"]),
-    ("--resume ''", ["'': No such file"]),
-    ("--resume .", ["is a folder"]),
-    ("--resume nowhere.pt", ["'nowhere.pt': No such file"]),
-    ("--resume a/checkpoint.pt --trial b", ["omit --trial"]),
+    ("--precision fp16", ["fp16", "fp32 or bf16"]), ("--dim 4000000000", ["memory"]),
+    ("--gpu 0", ["--gpu 0", "omit --gpu"]), ("--gpu -1", ["--gpu -1"]),
+    ("--trial a/b", ["a/b", "plain folder name"]), ("--trial ..", ["plain folder name"]),
+    ("--resume ''", ["'': No such file"]), ("--resume nowhere.pt", ["'nowhere.pt': No such file"]),
+    ("--resume .", ["is a folder"]), ("--resume a/checkpoint.pt --trial b", ["omit --trial"]),
     ("--seed 99999999999999999999", ["--seed", "4294967295"]),
-    ("--dim 4000000000", ["memory"]),
-    ("--exp_dir /dev/null/runs", ["/dev/null/runs", "--exp_dir"]),
-    ("--exp_dir /dev/null", ["/dev/null"]),
+    ("--exp_dir /dev/null/runs", ["/dev/null/runs", "--exp_dir"]), ("--exp_dir /dev/null", ["/dev/null"]),
 ]
 SCHEDULES = ["x", "", "7", "16:0.5,24", "16:nan,32:1", "32:-1,32:2", "4:0.5,32:0.5", "16:0.5,32:0.4", "16:1:1,32:0.5"]
 PRETRAIN += [(f"--view_size '{schedule}'", ["--view_size", "shares that sum to 1"]) for schedule in SCHEDULES]
 EVALUATE = [
-    ("--num_cls 7", ["--num_cls 7", "10 classes"]),
-    ("--fraction 0", ["--fraction", "above 0"]),
-    ("--std 0 1 1", ["--std", "above 0"]),
+    ("--num_cls 7", ["--num_cls 7", "10 classes"]), ("--arch resnet34", ["resnet18 of width 4"]),
+    ("--fraction 0", ["--fraction", "above 0"]), ("--std 0 1 1", ["--std", "above 0"]),
     ("--features cached --weight_decay 0", ["--weight_decay 0", "converge"]),
-    ("--arch resnet34", ["resnet18 of width 4"]),
     ("--pretrained none.pt", ["'none.pt': No such file"]),
     ("--evaluate none.pt", ["none.pt"]),
 ]
@@ -109,23 +95,17 @@ class Code:
 @pytest.mark.parametrize("content, words", [
     (b"", "the file is empty"), (b"no checkpoint", "begins with"), (pickle.dumps([1, 2]), "begins with"),
     (Code(), "code (test_bad_input.Code)"),
+    *((content, "no backbone") for content in (torch.zeros(3), {"weight": 1}, {1: torch.zeros(2)})),
 ])
-def test_files_that_are_no_checkpoints_are_refused(refused, no_gpu, tmp_path, finished_run, content, words):
+def test_files_of_something_else_are_refused(refused, no_gpu, tmp_path, finished_run, content, words):
     torch.save(content, tmp_path / "file.pt")
     if isinstance(content, bytes):
         (tmp_path / "file.pt").write_bytes(content)
     data = "--dataset shapes --test_size 20 --train_size 20 --pretrained".split()
     backbone = os.path.join(finished_run, "backbone.pt")
     refused(main_lincls.main, [*data, "file.pt"], "file.pt", words)
-    refused(main_lincls.main, [*data, backbone, "--evaluate", "file.pt"], "file.pt is no classifier", words)
-    refused(pretraining.main, ["--resume", "file.pt"], "file.pt", words)
-
-
-@pytest.mark.parametrize("content", [torch.zeros(3), {"weight": 1}, {1: torch.zeros(2)}])
-def test_files_that_are_no_classifiers_are_refused(refused, no_gpu, tmp_path, finished_run, content):
-    torch.save(content, tmp_path / "odd.pt")
-    data = "--dataset shapes --test_size 20 --train_size 20 --evaluate odd.pt --pretrained".split()
-    refused(main_lincls.main, [*data, os.path.join(finished_run, "backbone.pt")], "odd.pt is no classifier")
+    refused(main_lincls.main, [*data, backbone, "--evaluate", "file.pt"], "file.pt is no classifier")
+    refused(pretraining.main, ["--resume", "file.pt"], "file.pt", words.replace("no backbone", "not a checkpoint"))
 
 
 def test_a_checkpoint_with_any_damage_is_refused_or_whole(tmp_path):
@@ -149,10 +129,6 @@ def test_a_checkpoint_with_any_damage_is_refused_or_whole(tmp_path):
     assert refusals > 200
 
 
-def test_no_room_at_the_start_leaves_no_folder(refused, no_gpu, monkeypatch):
-    def full(path, *args):
-        raise OSError(f"{path} could not be written (No space left on device)")
-
-    monkeypatch.setattr(checkpoint, "write", full)
-    refused(pretraining.main, SMALL, "could not be written")
-    shutil.rmtree("experiments")
+def test_no_room_at_the_start_leaves_no_folder(refused, no_gpu):
+    with before_calls(range(1, 100), os, "fsync", no_room):
+        refused(pretraining.main, SMALL, "could not be written")

@@ -166,8 +166,7 @@ def test_imports_go_one_way():
 
 
 def test_the_code_stays_small_and_readable():
-    """All Python and shell outside tests/: lines in all, their width, lengths and parameters of functions; main.py
-    alone; the documents."""
+    """All Python and shell outside tests/: lines and functions; main.py alone; the documents."""
     paths = [*REPO.glob("*.py"), *REPO.glob("*.sh")]
     paths += [path for folder in ("simsiam", "utils", "benchmarks") for path in (REPO / folder).rglob("*.[ps][yh]")]
     lines = [line for path in paths for line in path.read_text(encoding="utf-8").splitlines()]

@@ -27,7 +27,7 @@ def test_runs_in_a_thread_and_several_in_a_process(run_main, no_gpu, monkeypatch
     thread.join()
     assert codes == [0] and log.read("experiments/run", empty=True) == []
     handlers = [signal.getsignal(number) for number in cli.STOP_SIGNALS]
-    for again in range(2):
+    for _ in range(2):  # the second time it is finished
         assert run_main("--epochs", 2, "--resume", "auto", "--quiet") == 0
     assert run_main("--epochs", 1) == 0 and not cli.quiet
     assert len(log.read("experiments/run")) == 2 and len(log.read("experiments/1")) == 1
@@ -41,22 +41,18 @@ def test_runs_in_a_thread_and_several_in_a_process(run_main, no_gpu, monkeypatch
     assert run_main("--epochs", 1, "--trial", "failed", "--resume", "auto") == 0 and kept.tb
 
 
-@pytest.mark.parametrize("variables", [
-    {"WORLD_SIZE": "2", "RANK": "0"}, {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"}, {"OMPI_COMM_WORLD_SIZE": "2"},
-    {"PMI_SIZE": "2", "PMI_RANK": "0"},
+@pytest.mark.parametrize("size, index", [
+    ("WORLD_SIZE", "RANK"), ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"), ("PMI_SIZE", "PMI_RANK"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
 ])
-def test_one_of_several_processes_says_that_there_is_one_device(monkeypatch, capsys, variables):
-    def started(**others):
-        for name, value in {**variables, **others}.items():
-            monkeypatch.setenv(name, value)
-        with pytest.raises(SystemExit) as stop:
-            cli.run_script(lambda: pytest.fail("started"))
-        assert stop.value.code == 2
-        return capsys.readouterr().err
-
+def test_one_of_several_processes_says_that_there_is_one_device(monkeypatch, capsys, size, index):
     monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
-    assert started().count("\n") == 1
-    assert started(RANK="1", SLURM_PROCID="3", OMPI_COMM_WORLD_RANK="1", PMI_RANK="1") == ""
+    monkeypatch.setenv(size, "2")
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv(index, rank)
+        with pytest.raises(SystemExit, match="^2$"):
+            cli.run_script(lambda: pytest.fail("started"))
+        assert capsys.readouterr().err.count("\n") == lines
     monkeypatch.setattr(cli, "TORCHRUN", True)  # one torchrun a node, started by srun
     with pytest.raises(SystemExit, match="^3$"):
         cli.run_script(lambda: 3, torchrun=True)
@@ -67,7 +63,7 @@ def test_paths_are_expanded_in_every_option(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("SCRATCH", "/scratch dir")
     paths = {"DIR", "PATH", "FILE", "FOLDER", "CHECKPOINT", "CLASSIFIER", "RUN", "auto|PATH"}
-    parsers = [pretraining.make_parser(), main_lincls.make_parser(), visualize.make_parser(), export.make_parser()]
+    parsers = [module.make_parser() for module in (pretraining, main_lincls, visualize, export)]
     parsers += [*parsers[3]._subparsers._group_actions[0].choices.values()]
     actions = [action for parser in parsers for action in parser._actions if action.metavar in paths]
     assert len(actions) >= 20 and all(action.type is cli.file_path for action in actions)
@@ -77,14 +73,8 @@ def test_paths_are_expanded_in_every_option(tmp_path, monkeypatch):
     assert cli.file_path("a$SCRATCH") == "a$SCRATCH"
 
 
-# ---------------------------------------------------------------------------------------------------
-# In processes of their own
-
-
-@pytest.mark.parametrize("redirect", [
-    ">/dev/full 2>&1",
-    *(pytest.param(words, marks=pytest.mark.slow) for words in ("", ">&- 2>&-", "<&- >&- 2>&-", "| true")),
-])
+@pytest.mark.slow
+@pytest.mark.parametrize("redirect", ["", ">&- 2>&-", "<&- >&- 2>&-", "| true", ">/dev/full 2>&1"])
 def test_foreign_backends_locales_and_streams_end_nothing(tmp_path, redirect):
     """A notebook's backend that is not installed, no home, ASCII as the locale's encoding, closed and full streams."""
     environment = {"MPLBACKEND": "module://not_installed.backend", "HOME": "/nonexistent", "DISPLAY": "", "LC_ALL": "C",
@@ -119,8 +109,7 @@ def test_nothing_that_only_unix_has_is_needed(tmp_path):
         for words in {[STARTS + ["--max_minutes", "0"], ["--resume", "auto"]]}:
             assert not main.main([*words, "--exp_dir", "runs"])
         data = "--dataset shapes --train_size 128 --test_size 100".split()
-        options = "--pretrained runs/1/backbone.pt --epochs 1 --exp_dir linear".split()
-        assert not main_lincls.main([*data, *options])
+        assert not main_lincls.main([*data, *"--pretrained runs/1/backbone.pt --epochs 1 --exp_dir linear".split()])
         assert not ablate.main(["default", *data, *"--width 4 --epochs 1 --batch_size 32 --exp_dir study".split()])
         assert not visualize.main(["--pretrained", "runs/1"])
     """)
@@ -144,13 +133,13 @@ def test_the_slurm_script_requeues_itself_until_the_run_is_finished(tmp_path):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     environment = CPU_ONLY | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "PYTHONUNBUFFERED": "1"}
+    command, codes = ["bash", tmp_path / "job.sh"], []
     for first in (True, False):
-        command = ["bash", tmp_path / "job.sh"]
         job = subprocess.Popen(command, cwd=REPO, env=environment, stdout=subprocess.PIPE, text=True)
         if first:
-            job.stdout.readline(), job.stdout.readline()  # nothing to resume; the run has started
+            assert any(line.startswith("epoch ") for line in job.stdout)  # as soon as one is done
             os.kill(int((tmp_path / "pid").read_text()), signal.SIGUSR1)
-        assert "Interrupted" in job.communicate()[0] or not first
-        assert job.returncode == (128 + signal.SIGUSR1 if first else 0)
+        assert ("Interrupted" in job.communicate()[0]) == first
+        codes.append(job.returncode)
         assert (tmp_path / "requeued").read_text() == "requeue 7\n"
-    assert len(log.read(str(next((tmp_path / "runs").iterdir())))) == 40
+    assert codes == [128 + signal.SIGUSR1, 0] and len(log.read(str(next((tmp_path / "runs").iterdir())))) == 40

@@ -1,4 +1,4 @@
-"""export.py and hubconf.py against the network, torchvision's transforms, and accuracies computed here."""
+"""export.py and hubconf.py against the network and accuracies computed here."""
 import shutil
 import subprocess
 import sys
@@ -6,7 +6,7 @@ import sys
 import numpy
 import pytest
 import torch
-from torchvision.transforms import functional as TF
+from torchvision.transforms.functional import to_pil_image
 
 import export
 import main as pretraining
@@ -57,17 +57,15 @@ def test_features_of_a_data_set_are_the_backbones(tmp_path, finished_run, shapes
     refused(export.main, f"features --pretrained x {data}".split(), "new.npz exists")
 
 
-def test_features_of_a_folder_are_of_torchvisions_resize_and_center_crop(tmp_path, finished_run):
-    names, crops = [str(tmp_path / name) for name in ("b/0.png", "a/1.png", "b/2.png")], []
-    for name, size in zip(names, ((80, 50), (40, 60), (33, 34))):
-        image = TF.to_pil_image(torch.randint(256, (3, *size), dtype=torch.uint8))
+def test_features_of_a_folder(tmp_path, finished_run, shapes, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [str(tmp_path / name) for name in ("b/0.png", "a/1.png", "b/2.png")]
+    for name, image in zip(names, shapes.train_images):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        image.save(name)
-        crops.append(TF.pil_to_tensor(TF.center_crop(TF.resize(image, 40), 40)))
-    data = f"--images {tmp_path} --image_size 40 --output {tmp_path}/new.npz"
-    export.main(f"features --pretrained {finished_run}/backbone.pt {data}".split())
-    with numpy.load(tmp_path / "new.npz") as arrays:
-        expected = features_of(f"{finished_run}/backbone.pt", torch.stack(crops))
+        to_pil_image(image).save(name)
+    export.main(f"features --pretrained {finished_run}/backbone.pt --images {tmp_path} --output new.npz".split())
+    with numpy.load("new.npz") as arrays:
+        expected = features_of(f"{finished_run}/backbone.pt", shapes.train_images[:3])
         assert arrays["features"] == pytest.approx(expected.numpy(), rel=1e-3, abs=1e-5)
         assert [arrays[name].tolist() for name in ("classes", "labels", "files")] == [["a", "b"], [1, 0, 1], names]
 
