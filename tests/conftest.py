@@ -29,7 +29,8 @@ shapes.draw_shapes = functools.lru_cache(shapes.draw_shapes)  # half of the time
 
 
 def pytest_configure(config):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs start with it ignored, nohup's with HUP
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     config.addinivalue_line("markers", "slow: takes long; `make test` skips it, `make test-all` does not")
 
 

@@ -15,7 +15,6 @@ from utils.knn import extract_features, knn_predict
 CUDA = torch.device("cuda", 0)
 OPTIONS = {tuple(options.replace("WARMUP", "1").split()): name for name, options in ablate.VARIANTS.items()
            if "--batch_size" not in options}
-VARIANTS = pytest.mark.parametrize("options", OPTIONS, ids=OPTIONS.values())
 pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a torch that is built with CUDA")
 
 
@@ -53,7 +52,7 @@ class NoTransfer(TorchDispatchMode):
         return result
 
 
-@VARIANTS
+@pytest.mark.parametrize("options", OPTIONS, ids=OPTIONS.values())
 def test_a_step_runs_on_the_gpu_without_waiting_for_it(options):
     with FakeTensorMode():
         forward, inputs = fake_step(options, lambda: simsiam.resnet18(4))
@@ -64,10 +63,12 @@ def test_a_step_runs_on_the_gpu_without_waiting_for_it(options):
     assert loss.requires_grad and not std.requires_grad
 
 
-@VARIANTS
+@pytest.mark.parametrize("options", [
+    pytest.param(options, id=name, marks=() if name in ("default", "asymmetric-2x") else pytest.mark.slow)
+    for options, name in OPTIONS.items()])
 def test_a_step_is_one_graph(options):
     """In each size of views one graph, and no more."""
-    graphs = []
+    graphs, sizes = [], (16, 32, 16, 32) if OPTIONS[options] == "default" else (32,)
 
     def backend(graph, inputs):
         graphs.append(graph)
@@ -76,9 +77,9 @@ def test_a_step_is_one_graph(options):
     with FakeTensorMode():
         forward, inputs = fake_step(options, lambda: ResNet((1, 1, 1, 1), 4))
         compiled = torch.compile(forward, fullgraph=True, dynamic=False, backend=backend)
-        for size in (16, 32, 16, 32) if not options else (32,):
+        for size in sizes:
             compiled(inputs[0], size, inputs[2])
-    assert len(graphs) == (2 if not options else 1)
+    assert len(graphs) == len(set(sizes))
 
 
 def test_features_and_neighbors_stay_on_the_gpu():
