@@ -22,15 +22,6 @@ from utils.shapes import draw_shapes
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def no_network(monkeypatch):
-    def fail(*args, **kwargs):
-        raise OSError("no route to host")
-
-    for name in ("cifar.download_and_extract_archive", "stl10.download_and_extract_archive", "svhn.download_url"):
-        monkeypatch.setattr(f"torchvision.datasets.{name}", fail)
-
-
 def test_cifar10_matches_torchvision(cifar, cifar_root):
     assert cifar.train_images.dtype == torch.uint8 and cifar.train_labels.dtype == torch.int64
     for train, images, labels in ((True, *cifar[:2]), (False, *cifar[2:4])):
