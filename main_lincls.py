@@ -7,7 +7,7 @@
 CHECKPOINT: backbone.pt or checkpoint.pt of main.py, or a checkpoint of other SimSiam code for CIFAR.
 The first command is MoCo's protocol: SGD at a rate of 30 on random crops and flips; the result is
 the last epoch's top-1 accuracy on all test images. --features cached fits the L2-regularized softmax
-regression with L-BFGS to features without augmentation: no rate to choose, seconds at width 16.
+regression with L-BFGS to features without augmentation: half a minute at width 16.
 """
 import argparse
 import math
