@@ -16,7 +16,7 @@ import torch
 import hubconf
 import simsiam
 from utils import augment, checkpoint, cli, data, device as devices, knn, log, run
-from utils.folder import load_folder
+from utils.folder import list_images, load_images
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 HUB = [name for name in vars(hubconf) if name.startswith("simsiam_")]
@@ -56,8 +56,10 @@ def export_features(args):
     backbone = simsiam.load_backbone(args.pretrained, args.arch, verbose=cli.say).to(device)
     options = data.options_in(vars(args), run.inherited_options(args.pretrained))
     if args.images is not None:
-        *split, classes, files = load_folder(args.images, options["image_size"] or augment.SIZE)
-        splits, arrays = {"": split}, {"files": numpy.array(files, dtype=str)}
+        found, classes = list_images(args.images)
+        images, labels, read = load_images(args.images, found, options["image_size"] or augment.SIZE,
+                                           args.cache_dir, args.skip_broken)
+        splits, arrays = {"": (images, labels)}, {"files": numpy.array([found[i][0] for i in read], dtype=str)}
     else:
         *pairs, classes = data.load_dataset(args.dataset, args.data_root, device, **options)
         splits, arrays = {"train_": pairs[:2], "test_": pairs[2:]}, {}  # images and labels of each
@@ -139,7 +141,7 @@ def measure(backbone, classifier, linear, recipe, args):
 def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
-    with parser.user_errors():
+    with cli.memory_errors("export.py", "use fewer or smaller images"), parser.user_errors():
         return {"features": export_features, "release": release, "check": check}[args.command](args)
 
 

@@ -32,13 +32,14 @@ def make_parser():
     cli.add_data_options(parser, DATASETS, positional=False)
     add = parser.add_argument_group("model").add_argument
     add("--arch", choices=simsiam.ARCHS, default="resnet18", help="backbone")
-    add("--width", type=count(1), default=64, help="channels of the first stage")
+    add("--width", type=count(1), help="channels of the first stage (default: 64, or as --init)")
     add("--dim", type=count(2), default=2048, help="size of z and p")
     add("--pred_dim", type=count(1), default=512, help="bottleneck of the predictor")
     add("--num_proj_layers", type=int, choices=(2, 3), default=2, help="2 on CIFAR, 3 on ImageNet")
+    add("--init", type=cli.file_path, metavar="PATH", help="start from this backbone")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=count(1), default=800, help="epochs")
-    add("--batch_size", type=count(2), default=512, help="images per step")
+    add("--batch_size", type=count(2), help="images per step (default: 512, or all)")
     add("--learning_rate", type=rate, help="default: 0.03 * batch_size / 256")
     add("--momentum", type=rate, default=0.9, help="of SGD")
     add("--weight_decay", type=rate, default=5e-4, help="of SGD")
@@ -82,7 +83,7 @@ def set_up(parser, args, argv, began):
     _, state = found
     if state is not None:
         args = runs.resumed_args(parser, argv, state["config"])
-    setup = prepare(args)
+    setup = prepare(args, state is None)
     args, device, data, model, optimizer, scaler = setup
     order, draws = draw_epoch(args, 0, data.train_images, device)
     distributed.require_same("images", [args.data_digest, order.tolist()])
@@ -94,8 +95,8 @@ def set_up(parser, args, argv, began):
 
 
 @distributed.in_turns
-def prepare(args):
-    """Complete and check args, in place; make the Setup."""
+def prepare(args, new):
+    """Complete and check args, in place; make the Setup. new: the run is not resumed."""
     device = devices.select_device(args.gpu)
     devices.set_determinism(args.deterministic)
     args.precision = devices.select_precision(args.precision, device)
@@ -103,19 +104,28 @@ def prepare(args):
         raise ValueError(f"--fix_pred_lr: with --predictor {args.predictor} no predictor is trained")
     if args.warmup_epochs >= args.epochs:
         raise ValueError(f"--warmup_epochs {args.warmup_epochs}: the run has {args.epochs} epochs")
-    if args.learning_rate is None:
-        args.learning_rate = LR_PER_256 * args.batch_size / 256
+    initial = None
+    if new and args.init:
+        initial = simsiam.load_backbone(args.init, args.arch, args.width, cli.info)
+        args.width = len(initial.bn1.weight)
+    args.width = args.width or 64
     data = load_dataset(args.dataset, args.data_root, device, **options_in(vars(args)))
     count, *_, args.image_size = data.train_images.shape
+    args.batch_size = args.batch_size or min(512, count)
     if args.batch_size > count:
         raise ValueError(f"--batch_size {args.batch_size}: there are {count} training images")
+    if args.learning_rate is None:
+        args.learning_rate = LR_PER_256 * args.batch_size / 256
     args.data_digest = data.digest()
     args.steps = count // args.batch_size  # an epoch; the last partial batch is dropped
     args.views = 4 if args.symmetry == "asymmetric_2x" else 2
     args.view_size = str(args.image_size) if args.view_size is None else args.view_size
     augment.view_sizes(args.view_size, args.epochs)  # raises for a bad one
     args.bn_batch = distributed.batch_norm_size(args.batch_size, args.sync_bn, device)
-    return Setup(args, device, data, *build(args, device))
+    setup = Setup(args, device, data, *build(args, device))
+    if initial:
+        setup.model.backbone.load_state_dict(initial.state_dict())
+    return setup
 
 
 def build(args, device):
@@ -125,6 +135,7 @@ def build(args, device):
         simsiam.ARCHS[args.arch](args.width), args.dim, args.pred_dim, args.num_proj_layers,
         args.head_bn, args.predictor, args.stop_gradient,
     ).to(device, memory_format=devices.memory_layout(device, args.width, args.batch_size))
+    model = devices.with_fast_convolutions(model)
     if distributed.processes > 1 and args.bn_batch == args.batch_size:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     groups = [[*model.parameters()]]
@@ -270,7 +281,7 @@ def main(argv=None):
     began, argv = time.monotonic(), sys.argv[1:] if argv is None else argv
     parser = make_parser()
     args = parser.parse_args(argv)
-    with devices.memory_errors("main.py", "lower --batch_size or --width"), distributed.joined():
+    with cli.memory_errors("main.py", "lower --batch_size, --image_size or --width"), distributed.joined():
         with parser.user_errors():
             setup, run, position = set_up(parser, args, argv, began)
         stop = distributed.StopRequest(args.max_minutes, began)

@@ -74,7 +74,7 @@ def prepare(args):
     options = options_in(vars(args), runs.inherited_options(args.pretrained))
     data = load_dataset(args.dataset, args.data_root, device, unlabeled=False, **options)
     if not data.has_classes:
-        raise ValueError(f"--dataset {args.dataset}: no labels of several classes to evaluate with")
+        raise ValueError(f"--dataset {args.dataset}: no labels of several classes, or no test images")
     args.image_size, classes = data.train_images.shape[2], len(data.classes)
     if args.num_cls not in (None, classes):
         raise ValueError(f"--num_cls {args.num_cls}: {args.dataset} has {classes} classes")
@@ -92,6 +92,7 @@ def prepare(args):
     classifier = make_classifier(args, backbone.feature_dim).to(device)
     optimizer = devices.sgd([[*classifier.parameters()]], args.lr, args.momentum, args.weight_decay)
     backbone = backbone.requires_grad_(False).to(device, memory_format=torch.channels_last)
+    backbone = devices.with_fast_convolutions(backbone)
     return Setup(args, device, data, backbone, classifier, optimizer)
 
 
@@ -253,13 +254,14 @@ def finish(setup, run, test_features):
                 "set: not the result")
     with torch.no_grad():
         predicted = classifier(test_features).argmax(dim=1)
-    confusion = knn.confusion_matrix(predicted, data.test_labels, args.num_cls)
-    of_classes = dict(zip(data.classes, knn.class_accuracies(confusion)))
+    labels = data.test_labels
+    of_classes = dict(zip(data.classes, knn.class_accuracies(predicted, labels, args.num_cls)))
     balanced = statistics.fmean(value for value in of_classes.values() if value is not None)
-    if len(set(confusion.sum(dim=1).tolist())) > 1:
+    if len({*labels.bincount(minlength=args.num_cls).tolist()}) > 1:
         cli.say(f"balanced accuracy, the mean over classes: {balanced:.2f} %")
-    results |= {"backbone": args.backbone, "balanced_accuracy": balanced, "class_top1": of_classes,
-                "confusion": confusion.tolist()}
+    results |= {"backbone": args.backbone, "balanced_accuracy": balanced, "class_top1": of_classes}
+    if args.num_cls <= knn.CONFUSION_CLASSES:
+        results["confusion"] = knn.confusion_matrix(predicted, labels, args.num_cls).tolist()
     if run.unsaved is None:
         with run.attempt():
             checkpoint.write_json(run.path(runs.RESULTS), results)  # now the evaluation is finished
@@ -269,7 +271,8 @@ def main(argv=None):
     began, argv = time.monotonic(), sys.argv[1:] if argv is None else argv
     parser = make_parser()
     args = parser.parse_args(argv)
-    with devices.memory_errors("main_lincls.py", "lower --batch_size"):
+    advice = "lower --batch_size" if args.features == "augmented" else "lower --train_size or --fraction"
+    with cli.memory_errors("main_lincls.py", advice):
         with parser.user_errors():
             found = runs.find(args.exp_dir, args.trial, args.resume, runs.EVALUATION)
             if found[1] is not None:

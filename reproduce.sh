@@ -28,7 +28,6 @@ cd "$(dirname "$0")"
 [[ "$seeds $max_minutes" =~ ^[1-9][0-9]*\ (0|[1-9][0-9]*)?$ ]] || refuse "--seeds, --max_minutes: whole numbers"
 grep -q "^def $entry(" hubconf.py || refuse "--entry $entry: not in hubconf.py"
 device=${gpu:+--gpu $gpu} exp=experiments/$name stop=0
-[ "$gpu" != none ] || { device='' && export CUDA_VISIBLE_DEVICES=; }
 
 # Signals are passed on to the running command, which saves its checkpoint, and end the script after it.
 set -m # a command in the background would ignore Ctrl-C

@@ -99,7 +99,7 @@ def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     folder, files = args.pretrained, {"trained": args.pretrained}
-    with parser.user_errors():
+    with cli.memory_errors("visualize.py", "lower --train_size or --test_size"), parser.user_errors():
         if os.path.isdir(folder):
             settings = runs.read_config(folder)["settings"]
             same = {name: settings[name] for name in ("arch", "dataset", "data_root")}
@@ -116,7 +116,7 @@ def main(argv=None):
         options = options_in(vars(args), runs.inherited_options(args.pretrained))
         data = load_dataset(args.dataset, args.data_root, device, unlabeled=False, **options)
         if not data.has_classes:
-            raise ValueError(f"--dataset {args.dataset}: no labels of several classes to draw")
+            raise ValueError(f"--dataset {args.dataset}: no labels of several classes, or no test images")
         os.makedirs(args.output, exist_ok=True)
         metrics, spectra = {}, {}
         for name, file in files.items():  # the trained network comes last, and is drawn
@@ -127,8 +127,9 @@ def main(argv=None):
             cli.info(f"{name}: {metrics[name]}")
         plot_neighbors(args.output, data, indices)
         plot_map(args.output, unit.cpu(), data.test_labels.cpu(), data.classes)
-        confusion = knn.confusion_matrix(predicted, data.test_labels, len(data.classes))
-        plot.plot_confusion(args.output, confusion, data.classes, "knn-confusion")
+        if len(data.classes) <= knn.CONFUSION_CLASSES:
+            confusion = knn.confusion_matrix(predicted, data.test_labels, len(data.classes))
+            plot.plot_confusion(args.output, confusion, data.classes, "knn-confusion")
         plot_spectrum(args.output, spectra, metrics)
         checkpoint.write_json(os.path.join(args.output, "features.json"), metrics)
         if os.path.exists(os.path.join(args.output, runs.CONFIG)):

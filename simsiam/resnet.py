@@ -1,34 +1,13 @@
 """CIFAR ResNets: 3x3 stem with stride 1, no max-pool, no fc (paper, appendix D). torchvision's names."""
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
 
-def conv_as_matmul(x, weight, stride):
-    """A 3x3 convolution padded by 1 as a product of shifted slices: x [B, C, H, W], weight [O, C, 3, 3]."""
-    h, w = x.shape[2:]
-    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))                   # [B, H + 2, W + 2, C]
-    slices = [x[:, i:i + h:stride, j:j + w:stride] for i in range(3) for j in range(3)]
-    matrix = weight.permute(0, 2, 3, 1).flatten(1)                         # [O, 9 * C]
-    return F.linear(torch.cat(slices, dim=3), matrix).permute(0, 3, 1, 2)
-
-
-class Conv2d(nn.Conv2d):
-    """nn.Conv2d; on the CPU in bf16 a matrix product where the maps are so small that oneDNN is slow."""
-    def forward(self, x):
-        size = x.shape[2] // self.stride[0]
-        small = self.kernel_size == (3, 3) and (size <= 2 or size <= 4 and self.out_channels >= 512)
-        eager = type(x) is torch.Tensor  # not what a compiler traces, which may be for another device
-        if small and eager and x.device.type == "cpu" and x.dtype == torch.bfloat16:
-            return conv_as_matmul(x, self.weight, self.stride[0])
-        return super().forward(x)
-
-
 def conv_bn(in_channels, out_channels, kernel_size, stride=1):
     """A convolution without bias, padded to keep H and W at stride 1, and its batch norm."""
-    conv = Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
     return conv, nn.BatchNorm2d(out_channels)
 
 
@@ -64,10 +43,10 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """A CIFAR ResNet: normalized images [B, 3, H, W], any H, W >= 8 -> features [B, feature_dim]. The four
     stages have 1, 2, 4 and 8 times `width` channels. Initial weights: He's normal, as torchvision's."""
-    stem_relu = True  # simsiam.weights clears it for checkpoints of code without a ReLU after the stem
 
     def __init__(self, depths, width=64, bottleneck=False):
         super().__init__()
+        self.stem_relu = True  # simsiam.weights clears it for checkpoints of code without a ReLU after the stem
         self.conv1, self.bn1 = conv_bn(3, width, 3)
         in_channels = width
         for stage, depth in enumerate(depths):

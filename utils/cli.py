@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -44,6 +45,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         global quiet
+        if any(word.startswith(("--local-rank", "--local_rank")) for word in args or sys.argv[1:]):
+            self.error("start it with torchrun instead of torch.distributed.launch")
         args = super().parse_args(args, namespace)
         quiet = getattr(args, "quiet", False) or rank > 0
         return args
@@ -59,7 +62,7 @@ class Parser(argparse.ArgumentParser):
         try:
             yield
         except USER_ERRORS as error:
-            if another_died(error):
+            if another_died(error) or out_of_memory(error):
                 raise
             named = isinstance(error, OSError) and error.filename is not None
             self.error(f"{error.filename!r}: {error.strerror}" if named else str(error))
@@ -69,6 +72,25 @@ def another_died(error):
     """Whether an error of torch.distributed says that the connection to another process broke."""
     known = type(error).__name__.startswith("Dist") or "gloo" in str(error)
     return processes > 1 and known and isinstance(error, RuntimeError)
+
+
+def out_of_memory(error):
+    """Whether memory is used up: of a GPU, or of the CPU, for which torch has no exception of its own."""
+    words = re.search("can't allocate memory|not enough memory|bad_alloc|could not create a", str(error))
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or bool(words)
+
+
+@contextlib.contextmanager
+def memory_errors(script, advice):
+    """In the context memory that is used up ends the script with a line and exit code 1."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        tried = re.search(r"[Tt]ried to allocate [\d.]+ \w+", str(error))
+        reason = tried[0].lower() if tried else str(error).splitlines()[0][:100]
+        sys.exit(fail(script, f"out of memory ({reason}); {advice}"))
 
 
 def number(kind, least=0, most=math.inf, above=False):
@@ -86,6 +108,11 @@ def number(kind, least=0, most=math.inf, above=False):
         raise argparse.ArgumentTypeError(f"{text!r} is not a {wanted} number {limits}")
     convert.metavar = "N" if kind is int else "X"
     return convert
+
+
+def gpu_index(text):
+    """Argument type: the index of a GPU, or 'none'."""
+    return text if text == "none" else whole_number(0)(text)
 
 
 def file_path(text):
@@ -131,7 +158,8 @@ def add_normalization(group, mean, std):
 def add_device_options(parser):
     """--gpu and --precision; returns the group."""
     group = parser.add_argument_group("device")
-    group.add_argument("--gpu", type=int, metavar="N", help="CUDA GPU (default: the first, else the CPU)")
+    group.add_argument("--gpu", type=gpu_index, metavar="N|none",
+                       help="CUDA GPU, or the CPU (default: the first GPU that computes, else the CPU)")
     group.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
                        help="auto: bf16 if supported, else fp16 (GPU) or fp32 (CPU)")
     return group
@@ -159,9 +187,13 @@ def wait_to_exit():
 
 def run_script(main, torchrun=False):
     """Call a script's main and exit with its code; without a traceback on Ctrl-C. Several processes
-    of a launcher are refused, unless it is torchrun and the script is made for it; one says so."""
+    of a launcher are refused, unless it is torchrun and the script is made for it; one says so. What is
+    started in an interactive shell is one process, whatever was allocated."""
+    interactive = os.isatty(0) or "SLURM_PTY_PORT" in os.environ
+    interactive = interactive or os.environ.get("SLURM_JOB_NAME") in ("interactive", "bash", "sh", "zsh")
     for size, index in LAUNCHERS.items():
-        if os.environ.get(size, "1") not in ("", "0", "1") and not (torchrun and TORCHRUN):
+        several = os.environ.get(size, "1") not in ("", "0", "1") and not interactive
+        if several and not (torchrun and TORCHRUN):
             if os.environ.get(index, "0") != "0":
                 wait_to_exit()
             how = "with torchrun" if torchrun else "without the launcher"

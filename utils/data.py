@@ -2,6 +2,7 @@
 import os
 from typing import NamedTuple
 
+import numpy
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100, STL10, SVHN
 from torchvision.transforms.v2.functional import resize
@@ -39,14 +40,15 @@ class Dataset(NamedTuple):
 
 class Options(NamedTuple):
     """What `load_dataset` takes by name."""
-    train_size: int | None = None    # the first N images in file order; of shapes, the number drawn
+    train_size: int | None = None    # N images: the first; of a folder N drawn; of shapes, how many
     test_size: int | None = None
     image_size: int | None = None    # in pixels; None: the data set's own
     validation: int | None = None    # number of training images in place of the test images
     test_share: float | None = None  # of each class of a folder without test images; None: 0.1
     cache_dir: str = "cache"         # of the decoded images of a folder
     skip_broken: bool = False        # skip images of a folder that cannot be read
-    unlabeled: bool = True           # with STL-10's images without labels
+    unlabeled: bool = True           # with training images without labels
+    seed: int = 0                    # draws train_size images of a folder
 
 
 def options_in(settings, inherited=()):
@@ -57,7 +59,7 @@ def options_in(settings, inherited=()):
 
 def load_dataset(name, root, device, **options):
     """One of DATASETS as a Dataset. root: data folder; downloaded into if missing. options: those of
-    `Options`. Raises ValueError for sizes beyond the data set's, OSError if files cannot be had."""
+    `Options`. Raises ValueError for another name or too large sizes, OSError if files cannot be had."""
     options = Options(**options)
     size = options.image_size or (96 if name == "stl10" else 32)
     if name == "shapes":
@@ -65,10 +67,14 @@ def load_dataset(name, root, device, **options):
                   shapes.draw_shapes(options.test_size or 2_000, seed=1)]
         classes = list(shapes.CLASSES)
     elif name == "folder":
-        splits, classes = load_splits(root, size, options.test_share or 0.1, options.cache_dir,
-                                      options.skip_broken)
-    else:
+        splits, classes = load_splits(root, size, options.test_share or 0.1, options.unlabeled,
+                                      options.cache_dir, options.skip_broken)
+        splits = [draw_subset(*splits[0], options.train_size, options.seed),
+                  draw_subset(*splits[1], options.test_size, 0)]
+    elif name in TORCHVISION:
         splits, classes = load_torchvision(name, root, options.unlabeled)
+    else:
+        raise ValueError(f"no data set is called {name!r}; choose from {', '.join(DATASETS)}")
     train, train_labels = to_tensors(*splits[0], size, options.train_size, "train")
     test, test_labels = to_tensors(*splits[1], size, options.test_size, "test")
     if options.validation is not None:
@@ -82,7 +88,7 @@ def to_tensors(images, labels, size, count, split):
     """The first `count`, or all, of a split: contiguous uint8 [N, 3, size, size], and int64 [N]."""
     if count is not None and count > len(images):
         raise ValueError(f"--{split}_size {count}: the {split} split has {len(images)} images")
-    images = torch.from_numpy(images[:count])
+    images = torch.as_tensor(images[:count])
     if images.shape[3] == 3:  # channels last
         images = images.permute(0, 3, 1, 2)
     if images.shape[2] != size:
@@ -90,13 +96,32 @@ def to_tensors(images, labels, size, count, split):
     return images.contiguous(), torch.as_tensor(labels[:count], dtype=torch.int64)
 
 
+def one_of_each(order, labels):
+    """The order of rows, int64 [N], with the first one of each class at its beginning; how many these are."""
+    first = torch.zeros(len(order), dtype=torch.bool)
+    first[numpy.unique(labels[order], return_index=True)[1]] = True
+    return torch.cat((order[first], order[~first])), int(first.sum())
+
+
+def draw_subset(images, labels, count, seed):
+    """`count` images, drawn by the seed, in their order, of every class if they are enough; all for None."""
+    if count is None or count >= len(labels):
+        return images, labels
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    rows = one_of_each(order, labels)[0][:count].sort().values
+    return images[rows], labels[rows]
+
+
 def hold_out(images, labels, count):
     """Split images [N, 3, H, W] and labels [N], at random but alike in all runs, into the rest and
-    `count` images with labels. Raises ValueError if no labels remain."""
+    `count` images with labels. Raises ValueError if that leaves a class without an image."""
     labeled = int((labels >= 0).sum())
-    if count >= labeled:
-        raise ValueError(f"--validation {count}: {labeled} training images have labels")
     order = torch.randperm(labeled, generator=torch.Generator().manual_seed(2))
+    order, classes = one_of_each(order.flip(0), labels)
+    if count > labeled - classes:
+        raise ValueError(f"--validation {count}: {labeled} training images have labels, and each of the "
+                         f"{classes} classes keeps one")
+    order = order.flip(0)
     held = order[:count].sort().values
     rest = torch.cat((order[count:].sort().values, torch.arange(labeled, len(labels))))
     return images[rest], labels[rest], images[held], labels[held]

@@ -8,8 +8,9 @@ import platform
 import sys
 
 import torch
+import torch.nn.functional as F
 
-from utils.cli import fail, processes, warn
+from utils.cli import processes, warn
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 COMPILE_STEPS = 5000  # fewer do not earn back the minute or two of compilation (an estimate)
@@ -18,37 +19,52 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # as in malloc.h
 
 
 def select_device(gpu):
-    """The CUDA GPU with index `gpu`, made the current device; for None the first, else the CPU,
-    prepared. Of several processes each takes that of its LOCAL_RANK. Raises ValueError without it."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if processes > 1:
+    """The CUDA GPU with index `gpu`, made the current device; for None the first that computes, else,
+    and for "none", the CPU, prepared. Of several processes each takes that of its LOCAL_RANK. Raises
+    ValueError for a GPU that is not there or cannot compute."""
+    count, option = torch.cuda.device_count() if torch.cuda.is_available() else 0, "--gpu"
+    if processes > 1 and gpu != "none":
         if gpu is not None:
             raise ValueError("omit --gpu: torchrun gives each process a GPU of its own")
-        gpu = int(os.environ["LOCAL_RANK"]) if count else None
-    if gpu is None and not count:
-        prepare_cpu()
-        return torch.device("cpu")
-    gpu = gpu or 0
-    if not 0 <= gpu < count:
-        option = "--gpu" if processes == 1 else "LOCAL_RANK"
-        seen = f"CUDA sees GPUs 0 to {count - 1}" if count else "CUDA sees no GPU; omit --gpu to use the CPU"
-        raise ValueError(f"{option} {gpu}: {seen}")
-    device = torch.device("cuda", gpu)
-    torch.cuda.set_device(device)  # else a context is created on GPU 0 too
-    return device
+        gpu, option = int(os.environ["LOCAL_RANK"]) if count else "none", "LOCAL_RANK"
+    indices = {"none": [], None: range(count)}.get(gpu, [gpu])
+    for index in indices:
+        if index >= count:
+            seen = f"GPUs 0 to {count - 1}" if count else "no GPU; omit --gpu to use the CPU"
+            raise ValueError(f"{option} {index}: CUDA sees {seen}")
+        name = f"GPU {index}"
+        try:
+            torch.cuda.set_device(index)  # else a context is created on GPU 0 too
+            name = torch.cuda.get_device_name(index)
+            ones = torch.ones(1, 1, 3, 3, device="cuda")
+            F.conv2d(ones, ones).item()
+            return torch.device("cuda", index)
+        except Exception as error:  # of any type: no kernels for it, a driver that does not fit
+            problem = f"{name} cannot compute ({(str(error) or repr(error)).splitlines()[0]})"
+            if gpu is not None:
+                raise ValueError(f"{option} {index}: {problem}; install a PyTorch for it, or use "
+                                 "--gpu none") from error
+            warn(f"{problem}; the next GPU, or the CPU, takes over")
+    prepare_cpu()
+    return torch.device("cpu")
+
+
+def cores():
+    """How many CPU cores this process may use: those of its affinity, of a container's quota, and, unless
+    torchrun has set it, of OMP_NUM_THREADS."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError), open(CPU_QUOTA) as file:  # no such file, or no quota: "max"
+        quota, period = map(int, file.read().split())
+        count = min(count, max(1, quota // period))
+    return count if processes > 1 else min(count, torch.get_num_threads())
 
 
 def prepare_cpu():
-    """Limit threads to a container's CPU quota, unless OMP_NUM_THREADS is set, and make glibc keep
-    freed memory, unless a MALLOC_ variable is set: else the pages of all activations are returned in
-    each step, and come back zeroed. Up to a fifth faster, with more holes in the heap."""
-    try:
-        with open(CPU_QUOTA) as file:
-            quota, period = map(int, file.read().split())
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(min(torch.get_num_threads(), max(1, quota // period)))
-    except (OSError, ValueError):  # no such file, or no quota: "max"
-        pass
+    """Limit threads to `cores`, and make glibc keep freed memory, unless a MALLOC_ variable is set: else
+    the pages of all activations are returned in each step, and come back zeroed. Up to a fifth faster,
+    with more holes in the heap."""
+    if processes == 1:
+        torch.set_num_threads(cores())
     if sys.platform == "linux" and not any(name.startswith("MALLOC_") for name in os.environ):
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only
         if mallopt is not None:
@@ -96,6 +112,35 @@ def memory_layout(device, width, batch_size):
     return torch.contiguous_format if device.type == "cpu" and width < least else torch.channels_last
 
 
+def conv_as_matmul(x, weight, stride):
+    """A 3x3 convolution padded by 1 as a product of shifted slices: x [B, C, H, W], weight [O, C, 3, 3]."""
+    h, w = x.shape[2:]
+    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))                   # [B, H + 2, W + 2, C]
+    slices = [x[:, i:i + h:stride, j:j + w:stride] for i in range(3) for j in range(3)]
+    matrix = weight.permute(0, 2, 3, 1).flatten(1)                         # [O, 9 * C]
+    return F.linear(torch.cat(slices, dim=3), matrix).permute(0, 3, 1, 2)
+
+
+class FastConv2d(torch.nn.Conv2d):
+    """Of 3x3: on the CPU in bf16 a matrix product where the maps are so small that oneDNN is slow."""
+
+    def forward(self, x):
+        size = x.shape[2] // self.stride[0]
+        eager = type(x) is torch.Tensor  # not what a compiler traces, which may be for another device
+        if eager and x.device.type == "cpu" and x.dtype == torch.bfloat16:
+            if size <= 2 or size <= 4 and self.out_channels >= 512:
+                return conv_as_matmul(x, self.weight, self.stride[0])
+        return super().forward(x)
+
+
+def with_fast_convolutions(model):
+    """The model with FastConv2d in it, for training; in the network as others trace it nothing branches."""
+    for module in model.modules():
+        if type(module) is torch.nn.Conv2d and module.kernel_size == (3, 3):
+            module.__class__ = FastConv2d
+    return model
+
+
 def compile_for(device, function, choice, steps):
     """The function compiled by Inductor if `choice` is true, or None on CUDA for at least COMPILE_STEPS
     steps. Where nothing can be compiled it stays as it is, with a warning."""
@@ -120,18 +165,6 @@ def sgd(groups, learning_rate, momentum, weight_decay):
         if parameter.requires_grad:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
-
-
-@contextlib.contextmanager
-def memory_errors(script, advice):
-    """In the context memory that is used up ends the script with a line and exit code 1."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        cpu = "can't allocate memory" in str(error)  # the CPU's allocator raises RuntimeError
-        if not cpu and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-            raise
-        sys.exit(fail(script, f"out of memory ({str(error).split('. ')[0]}); {advice}"))
 
 
 def describe(device):

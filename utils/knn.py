@@ -10,6 +10,7 @@ K = 200
 TEMPERATURE = 0.1
 RANKED = 10_000            # images for the effective rank, at most
 SIMILARITIES = 25_000_000  # at a time: 100 MB, 500 queries with a bank of 50,000
+CONFUSION_CLASSES = 200    # more make a confusion matrix that nobody reads, of many MB
 ACTIVATION = 32_768_000    # values at a time: 131 MB, 500 images of 32 pixels at width 64
 
 
@@ -49,8 +50,11 @@ def vote(similarities, neighbors, temperature, num_classes):
     """Predicted classes [Q] from similarities and classes of the neighbors, [Q, k] each."""
     # Relative to the largest, a common factor of a query's votes: float32 holds any temperature.
     weights = ((similarities - similarities[:, :1]) / temperature).exp()
-    votes = weights.new_zeros(len(weights), num_classes)
-    return votes.scatter_add_(1, neighbors, weights).argmax(dim=1)
+    predicted, rows = [], max(1, SIMILARITIES // num_classes)
+    for part, classes in zip(weights.split(rows), neighbors.split(rows)):
+        votes = part.new_zeros(len(part), num_classes)
+        predicted.append(votes.scatter_add_(1, classes, part).argmax(dim=1))
+    return torch.cat(predicted)
 
 
 @torch.no_grad()
@@ -94,10 +98,11 @@ def confusion_matrix(predicted, labels, num_classes):
     return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, -1).cpu()
 
 
-def class_accuracies(confusion):
+def class_accuracies(predicted, labels, num_classes):
     """Accuracy of each class in percent, a list; None for a class without images."""
-    counts = zip(confusion.diagonal().tolist(), confusion.sum(dim=1).tolist())
-    return [100 * correct / total if total else None for correct, total in counts]
+    total = torch.bincount(labels, minlength=num_classes).tolist()
+    correct = torch.bincount(labels[predicted == labels], minlength=num_classes).tolist()
+    return [100 * right / count if count else None for right, count in zip(correct, total)]
 
 
 def spectrum(features):

@@ -52,9 +52,11 @@ def evaluation_command(settings, folder, on_cpu):
     words = ["python", "main_lincls.py", "--pretrained", os.path.join(folder, BACKBONE)]
     if on_cpu:
         words += ["--features", "cached"]
-    for name in ("arch", "dataset", "train_size", "validation"):
+    for name in ("arch", "dataset", "train_size", "validation", "seed"):
         if settings.get(name):
             words += [f"--{name}", str(settings[name])]
+    if settings["dataset"] == "folder":
+        words += ["--cache_dir", settings["cache_dir"]] + settings["skip_broken"] * ["--skip_broken"]
     return shlex.join([*words, settings["data_root"]])
 
 
@@ -68,8 +70,8 @@ def draw_run(folder):
         plot.plot_runs([folder], folder)
     if os.path.exists(path):
         results = checkpoint.read_json(path)
-        confusion = torch.tensor(results["confusion"])
-        plot.plot_confusion(folder, confusion, list(results["class_top1"]))
+        if "confusion" in results:
+            plot.plot_confusion(folder, torch.tensor(results["confusion"]), list(results["class_top1"]))
     commands = [shlex.join(["python", *config["argv"]])]
     if log.last(records, "knn200") is not None:  # a pre-training on images with labels
         commands.append(evaluation_command(settings, folder, device.startswith("CPU")))
@@ -104,7 +106,8 @@ def begin(run, data, order, draws):
     if settings["bn_batch"] < settings["batch_size"]:
         info(f"Batch norm: statistics of the {settings['bn_batch']} images of each process.")
     if not data.has_classes:
-        info("No labels of several classes: no kNN; effective_rank is logged (docs/data.md).")
+        info("No labels of several classes, or no test images: no kNN, no linear evaluation; "
+             "effective_rank is logged (docs/data.md).")
     if not os.path.exists(run.path("views.png")):
         with run.optional("plots"):
             images = data.train_images[order[:6]].to(run.device)

@@ -114,7 +114,8 @@ def resumed_args(parser, argv, saved):
     for name, value in saved.items():
         typed = getattr(args, name, value)
         if typed != value and name not in MAY_CHANGE:
-            raise ValueError(f"--{name} {typed}: the run to resume has {value}")
+            instead = "; a new run can start from its backbone.pt: --init" if name == "epochs" else ""
+            raise ValueError(f"--{name} {typed}: the run to resume has {value}{instead}")
     if args.precision == "auto":
         args.precision = saved["precision"]
     elif args.precision != saved["precision"]:
@@ -223,9 +224,10 @@ class Run:
         if settings["tensorboard"]:
             try:
                 from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ValueError("--tensorboard requires tensorboard (pip install tensorboard)") from error
-            self.board = SummaryWriter(self.path("tensorboard"), purge_step=state["epoch"] + 1)
+                self.board = SummaryWriter(self.path("tensorboard"), purge_step=state["epoch"] + 1)
+            except Exception as error:  # of any type: installed with another version of what it needs
+                raise ValueError("--tensorboard requires a tensorboard that works (pip install "
+                                 f"tensorboard): {error}") from error
 
     def __enter__(self):
         return self
