@@ -141,7 +141,7 @@ def measure(backbone, classifier, linear, recipe, args):
 def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
-    with cli.memory_errors("export.py", "use fewer or smaller images"), parser.user_errors():
+    with parser.user_errors(), cli.memory_errors("export.py", "use fewer or smaller images"):
         return {"features": export_features, "release": release, "check": check}[args.command](args)
 
 

@@ -95,7 +95,7 @@ def set_up(parser, args, argv, began):
 
 
 @distributed.in_turns
-def prepare(args, new):
+def prepare(args, new=True):
     """Complete and check args, in place; make the Setup. new: the run is not resumed."""
     device = devices.select_device(args.gpu)
     devices.set_determinism(args.deterministic)

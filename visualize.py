@@ -99,7 +99,7 @@ def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     folder, files = args.pretrained, {"trained": args.pretrained}
-    with cli.memory_errors("visualize.py", "lower --train_size or --test_size"), parser.user_errors():
+    with parser.user_errors(), cli.memory_errors("visualize.py", "lower --train_size or --test_size"):
         if os.path.isdir(folder):
             settings = runs.read_config(folder)["settings"]
             same = {name: settings[name] for name in ("arch", "dataset", "data_root")}

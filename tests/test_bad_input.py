@@ -24,7 +24,7 @@ PRETRAIN = [
     ("--warmup_epochs 800", ["--warmup_epochs 800", "800 epochs"]),
     ("--fix_pred_lr --predictor none", ["--fix_pred_lr", "--predictor none"]),
     ("--precision fp16", ["fp16", "fp32 or bf16"]), ("--dim 4000000000", ["memory"]),
-    ("--gpu 0", ["--gpu 0", "omit --gpu"]), ("--gpu -1", ["--gpu -1"]),
+    ("--gpu 0", ["--gpu 0", "omit --gpu"]), ("--gpu -1", ["--gpu", "'-1'"]),
     ("--trial a/b", ["a/b", "plain folder name"]), ("--trial ..", ["plain folder name"]),
     ("--resume ''", ["'': No such file"]), ("--resume nowhere.pt", ["'nowhere.pt': No such file"]),
     ("--resume .", ["is a folder"]), ("--resume a/checkpoint.pt --trial b", ["omit --trial"]),

@@ -214,20 +214,6 @@ def test_processes_that_draw_other_images_do_not_train(monkeypatch):
     distributed.require_same("images", [1, 2, 3])
 
 
-def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
-    monkeypatch.setattr(device, "processes", 4)
-    for name, value in dict(is_available=True, device_count=2, set_device=None).items():
-        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
-    for local_rank in ("0", "1"):
-        monkeypatch.setenv("LOCAL_RANK", local_rank)
-        assert device.select_device(None) == torch.device("cuda", int(local_rank))
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="LOCAL_RANK 2: CUDA sees GPUs 0 to 1"):
-        device.select_device(None)
-    with pytest.raises(ValueError, match="omit --gpu"):
-        device.select_device(0)
-
-
 def test_synchronized_batch_norm_keeps_the_names(monkeypatch):
     cpu, args = torch.device("cpu"), pretraining.make_parser().parse_args(SMALL[:-1])
     args.bn_batch, args.steps = args.batch_size, 1

@@ -53,9 +53,20 @@ def test_one_of_several_processes_says_that_there_is_one_device(monkeypatch, cap
         with pytest.raises(SystemExit, match="^2$"):
             cli.run_script(lambda: pytest.fail("started"))
         assert capsys.readouterr().err.count("\n") == lines
+    with monkeypatch.context() as patch:  # a shell in an allocation of several tasks
+        patch.setenv("SLURM_PTY_PORT", "41000")
+        patch.setenv(index, "0")
+        with pytest.raises(SystemExit, match="^4$"):
+            cli.run_script(lambda: 4)
     monkeypatch.setattr(cli, "TORCHRUN", True)  # one torchrun a node, started by srun
     with pytest.raises(SystemExit, match="^3$"):
         cli.run_script(lambda: 3, torchrun=True)
+
+
+@pytest.mark.parametrize("option", ["--local-rank=0", "--local_rank=1"])
+def test_the_old_launcher_is_told_to_use_torchrun(refused, option):
+    for main in (pretraining.main, main_lincls.main):
+        refused(main, [option, *SMALL], "torchrun")
 
 
 def test_paths_are_expanded_in_every_option(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 """main.py end to end: the run's folder, exact resume, stopping, and what is kept when something fails."""
+import errno
 import gc
 import json
 import os
@@ -276,6 +277,19 @@ def test_a_full_disk_costs_no_epoch_if_there_is_room_again(whole, run_main, no_g
     assert_same_run(whole, "run")
 
 
+def test_what_a_file_system_lacks_is_not_required(whole, run_main, no_gpu, monkeypatch, capsys):
+    """As on some network and shared file systems: no fsync, of folders or at all, and no locks."""
+    def fails(number):
+        return lambda *args: (_ for _ in ()).throw(OSError(number, os.strerror(number)))
+
+    monkeypatch.setattr(os, "fsync", fails(errno.EINVAL))
+    monkeypatch.setattr(checkpoint.fcntl, "flock", fails(errno.ENOLCK))
+    assert run_main(*WHOLE, "--trial", "run") == 0
+    assert_same_run(whole, "run")
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "cannot be locked (No locks available)" in error
+
+
 def test_a_collapse_is_warned_of_with_its_cause(run_main, monkeypatch, capsys):
     monkeypatch.setattr(simsiam, "feature_std", lambda z: 0.01 * z.std())
     run_main("--epochs", 4)
@@ -312,3 +326,45 @@ def test_tensorboard_has_the_log(run_main):
     for name in ("loss", "std", "lr", "knn200"):
         expected = [(record["epoch"], pytest.approx(record[name])) for record in log.read("experiments/run")]
         assert [(event.step, event.value) for event in events.Scalars(name)] == expected
+
+
+@pytest.mark.parametrize("error", [TypeError("Descriptors cannot be created directly.\nDowngrade protobuf"), ImportError()])
+def test_a_tensorboard_that_is_missing_or_broken_is_a_line(error, refused, monkeypatch):
+    class Broken:
+        @property
+        def SummaryWriter(self):
+            raise error
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Broken())
+    refused(pretraining.main, [*SMALL, "--tensorboard"], "--tensorboard requires a tensorboard that works (pip install ")
+    assert os.listdir("experiments") == []
+
+
+# ---- Going on
+
+
+def test_a_run_starts_from_any_backbone(run_main, refused, finished_run, no_gpu, capsys):
+    """Of the same width, unless another is given; a resumed run does not need the file again."""
+    backbone = checkpoint.load(f"{finished_run}/backbone.pt")
+    options = [*SMALL[:6], *SMALL[8:], "--init"]  # without --width
+    code = pretraining.main([*options, f"{finished_run}/checkpoint.pt", "--untrained", "--epochs", "2", "--trial", "run",
+                             "--max_minutes", "0"])
+    assert code == 0 and "tensors matched" in capsys.readouterr().out and state_of("run")["config"]["width"] == 4
+    assert checkpoint.digest(checkpoint.load("experiments/run/untrained.pt")) == checkpoint.digest(backbone)
+    state = state_of("run")
+    checkpoint.save("experiments/run/checkpoint.pt", state | {"config": state["config"] | {"init": "gone.pt"}})
+    assert run_main("--trial", "run", "--resume", "auto") == 0
+    assert log.read("experiments/run")[0]["knn200"] == pytest.approx(log.read(finished_run)[-1]["knn200"], abs=1.01)
+    foreign = {f"net.{name}": value for name, value in backbone.items()}
+    checkpoint.save("foreign.pt", {"state_dict": foreign, "pytorch-lightning_version": "1"})
+    assert run_main("--init", "foreign.pt", "--epochs", 1) == 0
+    refused(pretraining.main, [*options, "foreign.pt", "--width", "8"], "foreign.pt: ", "of width 4")
+    refused(pretraining.main, [*options, "nowhere.pt"], "nowhere.pt")
+    refused(pretraining.main, ["--resume", "experiments/run/checkpoint.pt", "--epochs", "9"], "has 2; a new run", "--init")
+
+
+def test_the_batch_is_the_default_or_all_images(run_main, no_gpu):
+    words = " ".join([*SMALL, "--epochs 1 --trial run"]).replace("--batch_size 32", "").split()
+    assert pretraining.main(words) == 0
+    config = checkpoint.read_json("experiments/run/config.json")["settings"]
+    assert config["batch_size"] == 128 and config["learning_rate"] == 0.03 * 128 / 256

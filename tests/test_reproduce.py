@@ -94,7 +94,7 @@ def stand_in(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("gpu, option, visible", [("none", "", ""), ("1", " --gpu 1 ", "7")])
+@pytest.mark.parametrize("gpu, option, visible", [("none", " --gpu none", "7"), ("1", " --gpu 1 ", "7")])
 def test_the_seeds_run_one_after_another(reproduce, stand_in, tmp_path, gpu, option, visible):
     done = reproduce("--seeds", "2", "--gpu", gpu, python=stand_in(), visible="7")
     assert done.returncode == 0 and not done.stderr, done.stderr

@@ -8,9 +8,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import simsiam
-from simsiam.resnet import conv_as_matmul
+from conftest import REPO
+from utils import device
+from utils.device import conv_as_matmul
 
 VIEWS = torch.randn(2, 16, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
@@ -168,10 +171,10 @@ def test_small_maps_in_bf16_take_the_matrix_product(monkeypatch):
     """At width 64 the maps of layer4 at 32 pixels; at any width those of 2 pixels; and nothing in float32."""
     torch.manual_seed(0)
     recorded = mock.Mock(wraps=conv_as_matmul)
-    monkeypatch.setattr(simsiam.resnet, "conv_as_matmul", recorded)
+    monkeypatch.setattr(device, "conv_as_matmul", recorded)
     for width, size, expected in ((64, 32, [(512, 256)] + 3 * [(512, 512)]), (4, 32, []),
                                   (4, 16, [(32, 16)] + 3 * [(32, 32)])):
-        model, images = simsiam.resnet18(width), torch.randn(8, 3, size, size)
+        model, images = device.with_fast_convolutions(simsiam.resnet18(width)), torch.randn(8, 3, size, size)
         recorded.reset_mock()
         exact = model(images)
         assert not recorded.called
@@ -179,3 +182,44 @@ def test_small_maps_in_bf16_take_the_matrix_product(monkeypatch):
             features = model(images)
         assert [call.args[1].shape[:2] for call in recorded.call_args_list] == expected
         assert (features - exact).norm() < 0.1 * exact.norm()
+
+
+@pytest.mark.parametrize("arch", [*simsiam.ARCHS])
+def test_other_tools_take_the_backbone(arch):
+    """torch.fx, torchvision's feature extraction, torch.export; batch, height and width may be any. torch.export itself
+    (also with torchvision's ResNet) cannot have maps that may be of one pixel, nor of more: 9 pixels are the least."""
+    torch.manual_seed(0)
+    backbone = simsiam.ARCHS[arch](4).eval()
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    traced = torch.fx.symbolic_trace(backbone)
+    extractor = create_feature_extractor(backbone, {"layer4": "maps", "layer2.1": "middle"})
+    sizes = {0: torch.export.Dim("batch", min=1, max=512), 2: torch.export.Dim("height", min=9, max=224),
+             3: torch.export.Dim("width", min=9, max=224)}
+    exported = torch.export.export(backbone, (torch.zeros(2, 3, 32, 40),), dynamic_shapes=(sizes,)).module()
+    with torch.no_grad():
+        for b, h, w in ((1, 8, 8), (3, 9, 15), (1, 17, 224), (2, 32, 32)):
+            images = torch.randn(b, 3, h, w)
+            expected, maps = backbone(images), extractor(images)
+            torch.testing.assert_close(traced(images), expected)
+            torch.testing.assert_close(maps["maps"].mean(dim=(2, 3)), expected)
+            assert maps["middle"].shape[2] == (h + 1) // 2
+            if h > 8:
+                torch.testing.assert_close(exported(images), expected)
+
+
+@pytest.mark.slow
+def test_onnx_has_the_same_features(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    backbone = simsiam.load_backbone(REPO / "weights" / "simsiam_resnet18_w16_cifar10.pt", verbose=False)
+    dim, path = torch.export.Dim, str(tmp_path / "backbone.onnx")
+    sizes = {0: dim("batch"), 2: dim("height", min=9), 3: dim("width", min=9)}
+    torch.onnx.export(backbone, (torch.zeros(2, 3, 32, 32),), path, dynamo=True, dynamic_shapes=(sizes,),
+                      input_names=["images"], output_names=["features"], verbose=False)
+    session = runtime.InferenceSession(path)
+    for size in ((1, 3, 8, 8), (3, 3, 9, 15), (2, 3, 32, 32), (1, 3, 224, 224)):
+        images = torch.randn(size)
+        [features] = session.run(None, {"images": images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(features), backbone(images).detach(), rtol=1e-3, atol=1e-4)

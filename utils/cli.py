@@ -62,10 +62,11 @@ class Parser(argparse.ArgumentParser):
         try:
             yield
         except USER_ERRORS as error:
-            if another_died(error) or out_of_memory(error):
+            if another_died(error):
                 raise
             named = isinstance(error, OSError) and error.filename is not None
-            self.error(f"{error.filename!r}: {error.strerror}" if named else str(error))
+            words = out_of_memory(error) or str(error)
+            self.error(f"{error.filename!r}: {error.strerror}" if named else words)
 
 
 def another_died(error):
@@ -75,9 +76,13 @@ def another_died(error):
 
 
 def out_of_memory(error):
-    """Whether memory is used up: of a GPU, or of the CPU, for which torch has no exception of its own."""
+    """In words that memory is used up, of a GPU or of the CPU, for which torch has no exception of its
+    own; None for another error."""
     words = re.search("can't allocate memory|not enough memory|bad_alloc|could not create a", str(error))
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or bool(words)
+    if not words and not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+        return None
+    tried = re.search(r"([Tt]ried to|[Uu]nable to) allocate [\d.]+ \w+", str(error))
+    return f"out of memory ({tried[0] if tried else str(error)[:100]})"
 
 
 @contextlib.contextmanager
@@ -86,11 +91,10 @@ def memory_errors(script, advice):
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+        words = out_of_memory(error)
+        if words is None:
             raise
-        tried = re.search(r"[Tt]ried to allocate [\d.]+ \w+", str(error))
-        reason = tried[0].lower() if tried else str(error).splitlines()[0][:100]
-        sys.exit(fail(script, f"out of memory ({reason}); {advice}"))
+        sys.exit(fail(script, f"{words}; {advice}"))
 
 
 def number(kind, least=0, most=math.inf, above=False):

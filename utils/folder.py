@@ -29,7 +29,6 @@ SYSTEM = {"__macosx", "@eadir", "#recycle", "@recycle", "lost+found", "$recycle.
 OUTPUTS = {log.LOG, "features.json"}  # one is in every folder to which this program draws plots
 BATCH_BYTES = 2**20  # of images from one process to another
 HEADER = 128         # bytes of a cache before its images
-warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # images are only read
 
 
 def find_images(root):
@@ -224,7 +223,9 @@ def load_images(root, files, size, cache_dir, skip_broken):
         warn(f"{len(broken)} of {len(files)} images cannot be read and are skipped: "
              + "; ".join(list(broken.values())[:3]))
     read = [i for i in range(len(files)) if i not in broken]
-    return torch.from_numpy(images), torch.tensor([files[i][1] for i in read]), read
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the file is mapped to be read, and nothing writes images
+        return torch.from_numpy(images), torch.tensor([files[i][1] for i in read]), read
 
 
 def read_cache(path, source, skip_broken):
