@@ -76,13 +76,12 @@ def another_died(error):
 
 
 def out_of_memory(error):
-    """In words that memory is used up, of a GPU or of the CPU, for which torch has no exception of its
-    own; None for another error."""
-    words = re.search("can't allocate memory|not enough memory|bad_alloc|could not create a", str(error))
-    if not words and not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
-        return None
-    tried = re.search(r"([Tt]ried to|[Uu]nable to) allocate [\d.]+ \w+", str(error))
-    return f"out of memory ({tried[0] if tried else str(error)[:100]})"
+    """In words that memory is used up, of a GPU or of the CPU; None for another error."""
+    words = r"(tried|unable) to allocate [\d.]+ \w+|not enough memory|bad_alloc|could not create a \w+"
+    found = re.search(words, str(error), re.IGNORECASE)
+    if found or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory ({found[0] if found else str(error)[:100]})"
+    return None
 
 
 @contextlib.contextmanager

@@ -32,9 +32,11 @@ HEADER = 128         # bytes of a cache before its images
 
 
 def find_images(root):
-    """Paths of the images below a folder, and a Counter of what is passed over, in words. Raises OSError
-    for a folder that cannot be read or has no images."""
-    files, errors, passed = [], [], collections.Counter()
+    """Paths of the images below a folder, or of one file, and a Counter of what is passed over, in words.
+    Raises OSError for a folder that cannot be read or has no images."""
+    files, errors, passed, root = [], [], collections.Counter(), os.path.normpath(root)
+    if os.path.isfile(root):
+        return [root], passed
     for place, folders, names in os.walk(root, onerror=errors.append, followlinks=True):
         if OUTPUTS & {*names} and place != root:
             passed["outputs of this program"] += 1
@@ -54,54 +56,43 @@ def find_images(root):
         raise errors[0]
     if not files:
         raise OSError(f"{root!r}: no images ({', '.join(IMG_EXTENSIONS)})")
-    return files, passed
+    return sorted(files, key=lambda file: (os.path.basename(file), file)), passed
 
 
-def enter(place, files, classes=()):
-    """A place and the files below it by the folder in it, '' for those in none: {name: paths}. If it has
-    but one folder, which is no class and has nothing but folders, or is called train: those of that one."""
+def group(files):
+    """The folder that has all the files, and these by the folder in it, '' for those in none: {name: paths}.
+    Where it has but one folder, of folders alone, and files beside that: the same of that folder."""
+    place = os.path.commonpath([os.path.dirname(file) for file in files])
     groups = collections.defaultdict(list)
     for file in files:
-        name, inside, _ = file[len(place):].lstrip(os.sep).partition(os.sep)
+        name, inside, _ = file.removeprefix(os.path.join(place, "")).partition(os.sep)
         groups[name if inside else ""].append(file)
-    names = [name for name in groups if name]
-    if len(names) == 1 and names[0] not in classes:
-        inner = enter(os.path.join(place, names[0]), groups[names[0]], classes)
-        only_folders = "" not in inner[1] and ("" not in groups or len(inner[1]) > 1)
-        if only_folders or names[0].lower() in TRAIN:
+    for name in {*groups} - {""} if len(groups) == 2 and "" in groups else ():
+        inner = group(groups[name])
+        if "" not in inner[1]:
             return inner
     return place, groups
 
 
-def labeled(groups, classes):
-    """Images as [(path, label)] by file name, then by path; without classes the label is -1."""
-    labels = {name: label for label, name in enumerate(classes)}
-    images = [(path, labels.get(name, -1)) for name in groups for path in groups[name]]
+def label(groups, classes):
+    """Images of the classes as [(path, label)] by file name, then by path; without classes all, with -1."""
+    labels = {name: number for number, name in enumerate(classes)}
+    images = [(path, labels.get(name, -1)) for name in groups for path in groups[name] if name or not classes]
     return sorted(images, key=lambda image: (os.path.basename(image[0]), image[0]))
 
 
-def classify(groups):
-    """Class names, and the groups with images of these; none for one folder and images beside it."""
-    classes = sorted({*groups} - {""})
-    if "" in groups and len(classes) < 2:
-        return [], groups
-    return classes, {name: groups[name] for name in classes}
-
-
 def choose_test(place, groups, names, classes):
-    """Of the folders called names the first that has folders of these classes: its path and images, or
-    None. Raises ValueError if one has folders of others."""
-    problem = None
+    """Of the folders called names the first that has class folders: its path and images; else None.
+    Raises ValueError if these are of other classes."""
     for name in names:
-        path, folders = enter(os.path.join(place, name), groups[name], classes)
-        folders.pop("", None)
-        unknown = sorted({*folders} - {*classes})
-        if folders and not unknown:
-            return path, labeled(folders, classes)
-        if len(folders) > 1 and problem is None:
-            problem = f"{path}: {', '.join(unknown[:3])}: its classes must be those of the training images"
-    if problem:
-        raise ValueError(problem)
+        path, folders = group(groups[name])
+        if path != os.path.join(place, name) and os.path.basename(path) in classes:  # the only one
+            path, folders = os.path.dirname(path), {os.path.basename(path): groups[name]}
+        unknown = sorted({*folders} - {"", *classes})
+        if {*folders} & {*classes} or len(unknown) > 1:
+            if unknown:
+                raise ValueError(f"{path}: {', '.join(unknown[:3])}: its classes must be those of the training images")
+            return path, label(folders, classes)
     return None
 
 
@@ -110,31 +101,32 @@ def choose_splits(root, test_share):
     names, by the rules in docs/data.md. Says what is used for what, and what is passed over. Raises
     what `find_images` does, and ValueError for a layout that may mean something else."""
     files, passed = find_images(root)
-    place, groups = enter(root, files)
+    place, groups = group(files)
     names = sorted({*groups} - {""})
     trains, tests, unlabeled = ([name for kind in kinds for name in names if name.lower() == kind]
                                 for kinds in (TRAIN, TEST, UNLABELED))
     likes = [LIKE_SPLIT.search(name.lower()) for name in names]
     if len(trains) == 1 and len(trains + tests + unlabeled) == len(names):
-        top, folders = enter(os.path.join(place, trains[0]), groups[trains[0]])
+        top, folders = group(groups[trains[0]])
     elif len(trains + tests) > 1 or all(likes) and len({like[1] for like in likes}) > 1:
         raise ValueError(f"{place} has {', '.join(names[:6])}: call the folders of the splits train and "
                          "test, and leave no others beside them")
     else:
         tests, unlabeled = [], unlabeled if len(names) > 1 else []
         top, folders = place, {name: groups[name] for name in groups if name not in unlabeled}
-    classes, folders = classify(folders)
-    images, held_out, where = labeled(folders, classes), [], "held out"
-    extra = labeled({name: groups[name] for name in unlabeled}, [])
+    classes, held_out, where = sorted({*folders} - {""}), [], "held out"
+    if "" in folders and len(classes) < 2:  # nothing to tell apart
+        classes = []
+    images, extra = label(folders, classes), label({name: groups[name] for name in unlabeled}, [])
     test = choose_test(place, groups, tests, classes) if len(classes) > 1 else None
     if test:
         where, held_out = f"{os.path.relpath(test[0], root)}/", test[1]
     elif len(classes) > 1:
         images, held_out = split_by_hash(images, top, test_share)
     for path in {*files}.difference(path for path, _ in images + extra + held_out):
-        name = path[len(place):].lstrip(os.sep).split(os.sep)[0]
+        name = path.removeprefix(os.path.join(place, "")).split(os.sep)[0]
         passed[f"images in {name}/" if name in tests else "images in no class folder"] += 1
-    tested, count = len({label for _, label in held_out}), f"{len(classes) or 'no'} classes"
+    tested, count = len({number for _, number in held_out}), f"{len(classes) or 'no'} classes"
     line = f"training images {os.path.relpath(top, root)}/ ({count}, {len(images):,})"
     if extra:
         line += f" and {', '.join(unlabeled)}/ ({len(extra):,})"
@@ -145,17 +137,14 @@ def choose_splits(root, test_share):
 
 
 def list_images(root):
-    """All images of a folder as [(path, label)], and class names: the folders in it, if it has no others.
-    A file is a folder of one. Raises what `find_images` does."""
-    if os.path.isfile(root):
-        return [(root, -1)], []
+    """All images of a folder, or one file, as [(path, label)], and class names: the folders in it. Images
+    in none have the label -1. Raises what `find_images` does."""
     files, passed = find_images(root)
-    classes, groups = classify(enter(root, files)[1])
-    images = labeled(groups, classes)
-    if len(images) < len(files):
-        passed["images in no class folder"] = len(files) - len(images)
-    say_layout(root, f"{len(images):,} images, {len(classes) or 'no'} classes", passed)
-    return images, classes
+    tops = [os.path.relpath(file, root).split(os.sep) for file in files]
+    classes = sorted({top[0] for top in tops if len(top) > 1})
+    labels = {name: number for number, name in enumerate(classes)}
+    say_layout(root, f"{len(files):,} images, {len(classes) or 'no'} classes", passed)
+    return [(file, labels.get(top[0], -1)) for file, top in zip(files, tops)], classes
 
 
 def say_layout(root, line, passed):
@@ -211,13 +200,10 @@ def load_images(root, files, size, cache_dir, skip_broken):
     if found is None:
         os.makedirs(cache_dir, exist_ok=True)
         with checkpoint.lock(f"{path}.lock", wait=True):  # another process may make it meanwhile
-            for _ in range(3):  # or, where nothing can be locked, replace what is made here
-                found = read_cache(path, source, skip_broken)
-                if found:
-                    break
+            found = read_cache(path, source, skip_broken)
+            while found is None:  # or, where nothing can be locked, replace what is made here
                 make_cache(path, source, skip_broken)
-            else:
-                raise OSError(f"{path} changes while it is read; choose another --cache_dir")
+                found = read_cache(path, source, skip_broken)
     images, broken = found
     if broken:
         warn(f"{len(broken)} of {len(files)} images cannot be read and are skipped: "
@@ -238,24 +224,19 @@ def read_cache(path, source, skip_broken):
         about = json.load(file)
         broken, size = dict(about["broken"]), source["image_size"]
         expected = (len(source["files"]) - len(broken), 3, size, size)
-        if (about["source"], shape, dtype) == (source, expected, numpy.uint8):
-            _, failures = read_images([(i, source["files"][i][0]) for i in broken], size)
-            if len(failures) == len(broken) and (skip_broken or not broken):
-                return map_images(file, shape), broken
-    return None
-
-
-def map_images(file, shape):
-    """The images in an open cache, uint8: mapped, or read where a file system, or a limit of memory,
-    does not allow that."""
-    try:
-        images = numpy.memmap(file, numpy.uint8, "r", HEADER, shape)
-    except OSError:
-        file.seek(HEADER)
-        return numpy.fromfile(file, numpy.uint8, math.prod(shape)).reshape(shape)
-    if hasattr(mmap, "MADV_RANDOM"):  # not on Windows; batches are random rows
-        images._mmap.madvise(mmap.MADV_RANDOM)
-    return images
+        if (about["source"], shape, dtype) != (source, expected, numpy.uint8) or broken and not skip_broken:
+            return None
+        _, failures = read_images([(i, source["files"][i][0]) for i in broken], size)
+        if len(failures) < len(broken):
+            return None
+        try:
+            images = numpy.memmap(file, dtype, "r", HEADER, shape)
+            if hasattr(mmap, "MADV_RANDOM"):  # not on Windows; batches are random rows
+                images._mmap.madvise(mmap.MADV_RANDOM)
+        except OSError:  # some file systems, and limits of memory, do not allow that
+            file.seek(HEADER)
+            images = numpy.fromfile(file, dtype, math.prod(shape)).reshape(shape)
+        return images, broken
 
 
 def make_cache(path, source, skip_broken):

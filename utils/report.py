@@ -25,16 +25,6 @@ CAPTIONS = {  # in the order of the page
     "map": "The test features in two dimensions.",
     "knn-confusion": "Confusion of classes by kNN.",
     "spectrum": "Spectrum of the features' covariance. A dimensional collapse breaks it off."}
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 16px/1.5 sans-serif; max-width: 62rem; margin: auto; overflow-wrap: anywhere; }}
-td {{ padding-right: 1rem; }} pre {{ background: #f4f4f4; white-space: pre-wrap; }}
-figure {{ display: inline-block; margin: 0 0 1rem; vertical-align: top; }}
-img {{ max-width: 100%; max-height: 21rem; }} figcaption {{ max-width: 28rem; }}
-</style></head><body>
-<h1>{title}</h1><p>{about}</p><h2>Results</h2>{results}<h2>Plots</h2>{plots}
-<h2>Commands</h2><pre>{commands}</pre><h2>Settings</h2>{settings}</body></html>
-"""
 
 
 def table(cells):
@@ -85,7 +75,7 @@ def draw_run(folder):
             plots += f"<figcaption>{caption}</figcaption></figure>"
     kind = "linear evaluation" if "pretrained" in settings else "SimSiam pre-training"
     about = f"{kind}, {settings['arch']}, {settings['dataset']}, {device}"
-    content = PAGE.format(
+    content = pathlib.Path(__file__).with_suffix(".html").read_text(encoding="utf-8").format(
         title=html.escape(os.path.basename(os.path.abspath(folder))), about=html.escape(about),
         results=table(results), plots=plots, commands=html.escape("\n".join(commands)),
         settings=table({**settings, **config["versions"], **config}))
