@@ -62,11 +62,11 @@ def read_file(path):
         raise IsADirectoryError(f"{str(path)!r} is a folder; name backbone.pt or checkpoint.pt in it")
     with open(path, "rb") as file:
         content = file.read()
-    is_zip = content.startswith(b"PK")
+    is_zip, safe = content.startswith(b"PK"), content[8:9] == b"{"
     try:
         if is_zip and zipfile.ZipFile(io.BytesIO(content)).testzip() is not None:
             raise zipfile.BadZipFile  # torch.load does not verify the checksums
-        if content[8:9] == b"{" and int.from_bytes(content[:8], "little") < len(content):
+        if safe and int.from_bytes(content[:8], "little") < len(content):
             import safetensors.torch
             return safetensors.torch.load(content)
         with warnings.catch_warnings():
@@ -79,7 +79,7 @@ def read_file(path):
             reason = "truncated or damaged"
         elif code:
             reason = f"it needs pickled code ({code[1]}); save its state_dict alone"
-        elif is_zip or isinstance(error, ImportError):
+        elif is_zip or safe:
             reason = textwrap.shorten(str(error), 100, placeholder=" ...")
         raise ValueError(f"{path}: not a checkpoint that can be loaded: {reason}") from error
 

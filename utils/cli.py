@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         global quiet
         if any(word.startswith(("--local-rank", "--local_rank")) for word in args or sys.argv[1:]):
-            self.error("start it with torchrun instead of torch.distributed.launch")
+            self.error("--local-rank: start it with torchrun, not with torch.distributed.launch")
         args = super().parse_args(args, namespace)
         quiet = getattr(args, "quiet", False) or rank > 0
         return args
@@ -77,7 +77,7 @@ def another_died(error):
 
 def out_of_memory(error):
     """In words that memory is used up, of a GPU or of the CPU; None for another error."""
-    words = r"(tried|unable) to allocate [\d.]+ \w+|not enough memory|bad_alloc|could not create a \w+"
+    words = r"(tried|unable) to allocate [\d.]+ \w+|not enough memory|bad_alloc|could not create a memory"
     found = re.search(words, str(error), re.IGNORECASE)
     if found or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory ({found[0] if found else str(error)[:100]})"
@@ -190,15 +190,16 @@ def wait_to_exit():
 
 def run_script(main, torchrun=False):
     """Call a script's main and exit with its code; without a traceback on Ctrl-C. Several processes
-    of a launcher are refused, unless it is torchrun and the script is made for it; one says so. What is
-    started in an interactive shell is one process, whatever was allocated."""
-    interactive = os.isatty(0) or "SLURM_PTY_PORT" in os.environ
-    interactive = interactive or os.environ.get("SLURM_JOB_NAME") in ("interactive", "bash", "sh", "zsh")
+    of a launcher are refused, unless it is torchrun and the script is made for it; one says so. The first
+    in an interactive shell is the only one, whatever was allocated."""
+    shell = os.isatty(0) or "SLURM_PTY_PORT" in os.environ
+    shell = shell or os.environ.get("SLURM_JOB_NAME") in ("interactive", "bash")
     for size, index in LAUNCHERS.items():
-        several = os.environ.get(size, "1") not in ("", "0", "1") and not interactive
-        if several and not (torchrun and TORCHRUN):
+        if os.environ.get(size, "1") not in ("", "0", "1") and not (torchrun and TORCHRUN):
             if os.environ.get(index, "0") != "0":
                 wait_to_exit()
+            if shell:
+                continue
             how = "with torchrun" if torchrun else "without the launcher"
             Parser(prog=os.path.basename(sys.argv[0])).error(
                 f"started {os.environ[size]} times ({size}), but runs on one device: start it {how}")

@@ -143,13 +143,15 @@ def load_torchvision(name, root, unlabeled):
         train, test = [dataset(root, split=split, download=True) for split in (training, "test")]
         classes = getattr(train, "classes", list("0123456789"))
         return [(train.data, train.labels), (test.data, test.labels)], classes
-    except ImportError as error:
-        raise OSError(f"--dataset {name} requires the package {error.name}") from error
     except (OSError, RuntimeError) as error:
         if not existed and os.path.isdir(root) and not os.listdir(root):
             os.rmdir(root)
         raise OSError(f"{root!r}: {files} is missing or damaged and could not be downloaded ({error}); "
                       "--data_root (main_lincls.py: DIR) may be a copy; or try --dataset shapes") from error
+    except Exception as error:  # of any type, of the package that reads SVHN's files
+        if name != "svhn":
+            raise
+        raise OSError(f"--dataset svhn requires a scipy that works (pip install scipy): {error}") from error
 
 
 def balanced_subset(labels, fraction, seed):

@@ -27,8 +27,7 @@ def select_device(gpu):
         if gpu is not None:
             raise ValueError("omit --gpu: torchrun gives each process a GPU of its own")
         gpu, option = int(os.environ["LOCAL_RANK"]) if count else "none", "LOCAL_RANK"
-    indices = {"none": [], None: range(count)}.get(gpu, [gpu])
-    for index in indices:
+    for index in {"none": [], None: range(count)}.get(gpu, [gpu]):
         if index >= count:
             seen = f"GPUs 0 to {count - 1}" if count else "no GPU; omit --gpu to use the CPU"
             raise ValueError(f"{option} {index}: CUDA sees {seen}")

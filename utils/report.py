@@ -46,7 +46,9 @@ def evaluation_command(settings, folder, on_cpu):
         if settings.get(name):
             words += [f"--{name}", str(settings[name])]
     if settings["dataset"] == "folder":
-        words += ["--cache_dir", settings["cache_dir"]] + settings["skip_broken"] * ["--skip_broken"]
+        words += ["--cache_dir", settings["cache_dir"]]
+    if settings["skip_broken"]:
+        words.append("--skip_broken")
     return shlex.join([*words, settings["data_root"]])
 
 
