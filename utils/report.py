@@ -47,7 +47,7 @@ def evaluation_command(settings, folder, on_cpu):
             words += [f"--{name}", str(settings[name])]
     if settings["dataset"] == "folder":
         words += ["--cache_dir", settings["cache_dir"]]
-    if settings["skip_broken"]:
+    if settings.get("skip_broken"):
         words.append("--skip_broken")
     return shlex.join([*words, settings["data_root"]])
 
