@@ -57,9 +57,10 @@ def export_features(args):
     options = data.options_in(vars(args), run.inherited_options(args.pretrained))
     if args.images is not None:
         found, classes = list_images(args.images)
-        images, labels, read = load_images(args.images, found, options["image_size"] or augment.SIZE,
-                                           args.cache_dir, args.skip_broken)
-        splits, arrays = {"": (images, labels)}, {"files": numpy.array([found[i][0] for i in read], dtype=str)}
+        size = options["image_size"] or augment.SIZE
+        images, broken = load_images([file for file, _ in found], size, args.skip_broken)
+        files, labels = zip(*[found[i] for i in range(len(found)) if i not in broken])
+        splits, arrays = {"": (images, torch.tensor(labels))}, {"files": numpy.array(files, dtype=str)}
     else:
         *pairs, classes = data.load_dataset(args.dataset, args.data_root, device, **options)
         splits, arrays = {"train_": pairs[:2], "test_": pairs[2:]}, {}  # images and labels of each

@@ -97,8 +97,8 @@ def set_up(parser, args, argv, began):
 @distributed.in_turns
 def prepare(args, new=True):
     """Complete and check args, in place; make the Setup. new: the run is not resumed."""
-    device = devices.select_device(args.gpu)
     devices.set_determinism(args.deterministic)
+    device = devices.select_device(args.gpu)
     args.precision = devices.select_precision(args.precision, device)
     if args.predictor != "learned" and args.fix_pred_lr:
         raise ValueError(f"--fix_pred_lr: with --predictor {args.predictor} no predictor is trained")
@@ -111,7 +111,7 @@ def prepare(args, new=True):
     args.width = args.width or 64
     data = load_dataset(args.dataset, args.data_root, device, **options_in(vars(args)))
     count, *_, args.image_size = data.train_images.shape
-    args.batch_size = args.batch_size or min(512, count)
+    args.batch_size = args.batch_size or distributed.default_batch(count)
     if args.batch_size > count:
         raise ValueError(f"--batch_size {args.batch_size}: there are {count} training images")
     if args.learning_rate is None:

@@ -115,8 +115,8 @@ def main(argv=None):
         args.precision = devices.select_precision(args.precision, device)
         options = options_in(vars(args), runs.inherited_options(args.pretrained))
         data = load_dataset(args.dataset, args.data_root, device, unlabeled=False, **options)
-        if not data.has_classes:
-            raise ValueError(f"--dataset {args.dataset}: no labels of several classes, or no test images")
+        if not data.has_classes or len(data.test_labels) < 2:
+            raise ValueError(f"--dataset {args.dataset}: no labels of several classes, or too few test images")
         os.makedirs(args.output, exist_ok=True)
         metrics, spectra = {}, {}
         for name, file in files.items():  # the trained network comes last, and is drawn

@@ -59,7 +59,7 @@ def test_a_gpu_that_cannot_compute_is_left_alone_or_named(gpus, capsys):
     gpus[:] = [0, 1]
     assert device.select_device(None).type == "cpu"
     assert capsys.readouterr().err.count("the next GPU, or the CPU, takes over\n") == 2
-    with pytest.raises(ValueError, match="--gpu 1: Tesla K80 cannot.*; install a PyTorch for it, or use --gpu none"):
+    with pytest.raises(ValueError, match="--gpu 1: Tesla K80 cannot.*; free its memory, install a PyTorch .* or use --gpu none"):
         device.select_device(1)
 
 

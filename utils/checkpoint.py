@@ -14,7 +14,7 @@ import torch
 from simsiam import read_file as load  # noqa: F401 (the counterpart of save)
 from utils.cli import info, warn
 
-LEFT_BEHIND = 3600  # seconds after which the half file of a writer that was killed is removed
+LEFT_BEHIND = 600  # seconds after which the half file of a writer that was killed is removed
 fcntl = None  # on Windows, where nothing is locked
 with contextlib.suppress(ImportError):
     import fcntl
@@ -43,6 +43,10 @@ def writing(path, keep_previous=False):
     """A file to write in the context, which becomes path at its end, atomically. keep_previous: the
     replaced file stays as previous_path(path). Raises OSError that names path, which is unchanged."""
     partial = f"{path}.{secrets.token_hex(4)}.partial"  # of this writer alone
+    for left in glob.glob(f"{glob.escape(path)}*.partial"):
+        with contextlib.suppress(OSError):
+            if time.time() - os.path.getmtime(left) > LEFT_BEHIND:
+                os.remove(left)
     try:
         with open(partial, "wb") as file:
             yield file
@@ -53,23 +57,22 @@ def writing(path, keep_previous=False):
         os.replace(partial, path)
         if hasattr(os, "O_DIRECTORY"):  # not on Windows
             folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY)
-            sync(folder)  # the new name too survives a power cut
+            with contextlib.suppress(OSError):
+                os.fsync(folder)  # the new name too survives a power cut
             os.close(folder)
     except OSError as error:
         raise OSError(f"{path} could not be written ({error.strerror or error})") from error
     finally:  # also after Ctrl-C: half a file takes room that the next one may need
-        for each in glob.glob(f"{glob.escape(path)}.*.partial"):
-            with contextlib.suppress(OSError):
-                if each == partial or time.time() - os.path.getmtime(each) > LEFT_BEHIND:
-                    os.remove(each)
+        if os.path.lexists(partial):
+            os.remove(partial)
 
 
 def sync(file):
-    """Flush an open file or folder, given by its number, to the disk, where the file system can."""
+    """Flush an open file, given by its number, to the disk, where the file system can."""
     try:
         os.fsync(file)
     except OSError as error:
-        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EROFS, errno.EPERM):
             raise
 
 

@@ -77,8 +77,9 @@ def another_died(error):
 
 def out_of_memory(error):
     """In words that memory is used up, of a GPU or of the CPU; None for another error."""
-    words = r"(tried|unable) to allocate [\d.]+ \w+|not enough memory|bad_alloc|could not create a memory"
-    found = re.search(words, str(error), re.IGNORECASE)
+    words = "out of memory|not enough memory|bad_alloc|ALLOC_FAILED|cannot allocate memory|could not create a memory"
+    found = re.search(r"(tried|unable) to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
+    found = found or re.search(words, str(error), re.IGNORECASE)
     if found or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory ({found[0] if found else str(error)[:100]})"
     return None
@@ -138,8 +139,8 @@ def add_data_options(parser, datasets, positional=True):
     else:
         add("--data_root", help="data folder; downloaded into if missing", **root)
     add("--dataset", choices=datasets, default="cifar10", help="folder: your images; shapes: built in")
-    add("--train_size", type=whole_number(2), help="use the first N training images")
-    add("--test_size", type=whole_number(1), help="use the first N test images")
+    add("--train_size", type=whole_number(2), help="use N training images: the first; of a folder, some of each class")
+    add("--test_size", type=whole_number(1), help="use N test images, in the same way")
     add("--validation", type=whole_number(1),
         help="hold out N training images and use them in place of the test set")
     add("--image_size", type=whole_number(8), help="resize images to N pixels (default: as in the "
@@ -194,11 +195,12 @@ def run_script(main, torchrun=False):
     in an interactive shell is the only one, whatever was allocated."""
     shell = os.isatty(0) or "SLURM_PTY_PORT" in os.environ
     shell = shell or os.environ.get("SLURM_JOB_NAME") in ("interactive", "bash")
+    task = os.environ.get("SLURM_TASK_PID") == str(os.getpid())  # started by srun itself
     for size, index in LAUNCHERS.items():
         if os.environ.get(size, "1") not in ("", "0", "1") and not (torchrun and TORCHRUN):
             if os.environ.get(index, "0") != "0":
                 wait_to_exit()
-            if shell:
+            if size.startswith("SLURM") and shell and not task:
                 continue
             how = "with torchrun" if torchrun else "without the launcher"
             Parser(prog=os.path.basename(sys.argv[0])).error(
@@ -233,12 +235,12 @@ def say(text, file=None):
 
 def info(text):
     if not quiet:
-        say(text)
+        say(text.replace("\n", " "))  # of a file's name
 
 
 def warn(text):
     if rank == 0:
-        say(f"warning: {text}", sys.stderr)
+        say(f"warning: {text}".replace("\n", " "), sys.stderr)
 
 
 def fail(script, text):

@@ -67,15 +67,21 @@ def load_dataset(name, root, device, **options):
                   shapes.draw_shapes(options.test_size or 2_000, seed=1)]
         classes = list(shapes.CLASSES)
     elif name == "folder":
-        splits, classes = load_splits(root, size, options.test_share or 0.1, options.unlabeled,
-                                      options.cache_dir, options.skip_broken)
+        splits, classes = load_splits(root, size, options.test_share or 0.1, options.cache_dir,
+                                      options.skip_broken)
         splits = [draw_subset(*splits[0], options.train_size, options.seed),
                   draw_subset(*splits[1], options.test_size, 0)]
     elif name in TORCHVISION:
         splits, classes = load_torchvision(name, root, options.unlabeled)
     else:
         raise ValueError(f"no data set is called {name!r}; choose from {', '.join(DATASETS)}")
-    train, train_labels = to_tensors(*splits[0], size, options.train_size, "train")
+    count = options.train_size
+    if name == "stl10" and count is not None and not options.unlabeled:
+        count = min(count, len(splits[0][0]))  # the labeled ones among the first images
+    train, train_labels = to_tensors(*splits[0], size, count, "train")
+    if not options.unlabeled:
+        labeled = int((train_labels >= 0).sum())
+        train, train_labels = train[:labeled], train_labels[:labeled]
     test, test_labels = to_tensors(*splits[1], size, options.test_size, "test")
     if options.validation is not None:
         train, train_labels, test, test_labels = hold_out(train, train_labels, options.validation)
@@ -147,7 +153,8 @@ def load_torchvision(name, root, unlabeled):
         if not existed and os.path.isdir(root) and not os.listdir(root):
             os.rmdir(root)
         raise OSError(f"{root!r}: {files} is missing or damaged and could not be downloaded ({error}); "
-                      "--data_root (main_lincls.py: DIR) may be a copy; or try --dataset shapes") from error
+                      "--data_root (main_lincls.py: DIR) may be a copy; --dataset folder takes your own images, and "
+                      "--dataset shapes needs none") from error
     except Exception as error:  # of any type, of the package that reads SVHN's files
         if name != "svhn":
             raise

@@ -10,7 +10,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from utils.cli import processes, warn
+from utils.cli import out_of_memory, processes, warn
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 COMPILE_STEPS = 5000  # fewer do not earn back the minute or two of compilation (an estimate)
@@ -21,13 +21,15 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # as in malloc.h
 def select_device(gpu):
     """The CUDA GPU with index `gpu`, made the current device; for None the first that computes, else,
     and for "none", the CPU, prepared. Of several processes each takes that of its LOCAL_RANK. Raises
-    ValueError for a GPU that is not there or cannot compute."""
-    count, option = torch.cuda.device_count() if torch.cuda.is_available() else 0, "--gpu"
-    if processes > 1 and gpu != "none":
-        if gpu is not None:
-            raise ValueError("omit --gpu: torchrun gives each process a GPU of its own")
-        gpu, option = int(os.environ["LOCAL_RANK"]) if count else "none", "LOCAL_RANK"
-    for index in {"none": [], None: range(count)}.get(gpu, [gpu]):
+    ValueError for a GPU that is not there, is full or, unless another device may take over, cannot compute."""
+    option, count = "--gpu", 0
+    if gpu != "none" and torch.cuda.is_available():
+        count = torch.cuda.device_count()
+    if processes > 1 and gpu not in (None, "none"):
+        raise ValueError("omit --gpu: torchrun gives each process a GPU of its own")
+    if processes > 1 and count:
+        option, gpu = "LOCAL_RANK", int(os.environ["LOCAL_RANK"])
+    for index in range(count) if gpu in (None, "none") else [gpu]:
         if index >= count:
             seen = f"GPUs 0 to {count - 1}" if count else "no GPU; omit --gpu to use the CPU"
             raise ValueError(f"{option} {index}: CUDA sees {seen}")
@@ -40,9 +42,9 @@ def select_device(gpu):
             return torch.device("cuda", index)
         except Exception as error:  # of any type: no kernels for it, a driver that does not fit
             problem = f"{name} cannot compute ({(str(error) or repr(error)).splitlines()[0]})"
-            if gpu is not None:
-                raise ValueError(f"{option} {index}: {problem}; install a PyTorch for it, or use "
-                                 "--gpu none") from error
+            if gpu is not None or out_of_memory(error):
+                raise ValueError(f"{option} {index}: {problem}; free its memory, install a PyTorch that has "
+                                 "kernels for it, or use --gpu none") from error
             warn(f"{problem}; the next GPU, or the CPU, takes over")
     prepare_cpu()
     return torch.device("cpu")

@@ -93,6 +93,11 @@ def require_same(what, value):
         raise ValueError(f"the processes have different {what}: other files, or another kind of GPU?")
 
 
+def default_batch(count):
+    """The paper's 512 images, or all of `count` that the processes can share, at least two each."""
+    return max(2, min(512, count) // processes) * processes
+
+
 def batch_norm_size(batch_size, sync_bn, device):
     """Over how many images a batch norm takes its statistics: the batch of all processes, if they
     are synchronized, else that of one. Raises ValueError for a batch that cannot be shared."""

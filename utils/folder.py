@@ -20,13 +20,14 @@ from torchvision.transforms.v2 import functional
 from utils import checkpoint, device, log
 from utils.cli import bar, info, warn
 
-TRAIN, UNLABELED = ["train", "training"], ["unlabeled", "unlabelled"]
+TRAIN, UNLABELED = ["train", "training", "labeled", "labelled"], ["unlabeled", "unlabelled"]
 TEST = ["test", "val", "valid", "validation", "testing"]  # the first that has classes is used
-LIKE_SPLIT = re.compile("(?<![a-z])(train|test|val|pred|label|unlabel)"
-                        "(ing|id|idation|l?ed|set|data|images?|[ab])?(?![a-z])")
-SYSTEM = {"__macosx", "@eadir", "#recycle", "@recycle", "lost+found", "$recycle.bin", "recycler",
-          "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"}
-OUTPUTS = {log.LOG, "features.json"}  # one is in every folder to which this program draws plots
+LIKE_SPLIT = re.compile("(?<![a-z])(train|test|val|pred|dev|eval|holdout)"
+                        "(id|idation|ing|val|set|data|images?|[ab])?(?![a-z])")
+SYSTEM = {"__macosx", "__pycache__", "@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot",
+          "lost+found", "lost.dir", "found.000", "$recycle.bin", "recycler", "system volume information",
+          "temporary items", "network trash folder", "thumbs.db", "desktop.ini"}
+OUTPUTS = [{log.LOG, "config.json"}, {"features.json", "map.png"}, {"ablations.md"}, {"loss-plot.png"}]
 BATCH_BYTES = 2**20  # of images from one process to another
 HEADER = 128         # bytes of a cache before its images
 
@@ -34,44 +35,64 @@ HEADER = 128         # bytes of a cache before its images
 def find_images(root):
     """Paths of the images below a folder, or of one file, and a Counter of what is passed over, in words.
     Raises OSError for a folder that cannot be read or has no images."""
-    files, errors, passed, root = [], [], collections.Counter(), os.path.normpath(root)
+    root, files, errors, followed, passed = os.path.normpath(root), [], [], set(), collections.Counter()
     if os.path.isfile(root):
         return [root], passed
+    real = Path(root).resolve()
     for place, folders, names in os.walk(root, onerror=errors.append, followlinks=True):
-        if OUTPUTS & {*names} and place != root:
+        if place != root and any(each <= {*names} for each in OUTPUTS):
             passed["outputs of this program"] += 1
-            folders.clear()
-            continue
+            names = []
+        elif not folders and not names:
+            passed["empty folders"] += 1
         litter = {name for name in folders + names if name.startswith(".") or name.lower() in SYSTEM}
         passed.update("hidden" if name.startswith(".") else name for name in litter)
-        real = Path(place).resolve()  # a link to it, or above it, would be followed for ever
-        folders[:] = [name for name in folders
-                      if name not in litter and not real.is_relative_to(Path(place, name).resolve())]
-        kinds = {name: os.path.splitext(name)[1].lower() for name in names if name not in litter}
-        images = [os.path.join(place, name) for name, kind in kinds.items() if kind in IMG_EXTENSIONS]
-        passed.update(f"{kind or 'other'} files" for kind in kinds.values() if kind not in IMG_EXTENSIONS)
-        passed["folders without images"] += not images and not folders
-        files += images
+        folders[:] = [name for name in folders if name not in litter]
+        for name in [name for name in folders if os.path.islink(os.path.join(place, name))]:
+            target = Path(place, name).resolve()  # may be read already, or lead back here
+            if target in followed or target.is_relative_to(real) or real.is_relative_to(target):
+                passed["links to folders among these"] += 1
+                folders.remove(name)
+            followed.add(target)
+        for name in {*names} - litter:
+            extension = os.path.splitext(name)[1].lower()
+            if extension in IMG_EXTENSIONS:
+                files.append(os.path.join(place, name).removeprefix(os.path.join(".", "")))
+            else:
+                passed[f"{extension or 'other'} files"] += 1
     if errors:
         raise errors[0]
     if not files:
-        raise OSError(f"{root!r}: no images ({', '.join(IMG_EXTENSIONS)})")
+        raise OSError(f"{root!r}: no images ({', '.join(IMG_EXTENSIONS)}){words_of(passed)}")
     return sorted(files, key=lambda file: (os.path.basename(file), file)), passed
+
+
+def words_of(passed):
+    """What is passed over, a Counter, in words after a semicolon; '' for nothing."""
+    what = ", ".join(f"{name} ({count:,})" for name, count in sorted(passed.items()))
+    return f"; passed over: {what}" if what else ""
 
 
 def group(files):
     """The folder that has all the files, and these by the folder in it, '' for those in none: {name: paths}.
-    Where it has but one folder, of folders alone, and files beside that: the same of that folder."""
-    place = os.path.commonpath([os.path.dirname(file) for file in files])
-    groups = collections.defaultdict(list)
+    Where it has one folder, of several folders, and files beside that: the same of that folder."""
+    place = os.path.commonpath({os.path.dirname(file) for file in files}) or "."
+    groups, start = collections.defaultdict(list), os.path.join(place, "")
     for file in files:
-        name, inside, _ = file.removeprefix(os.path.join(place, "")).partition(os.sep)
+        name, inside, _ = file.removeprefix(start).partition(os.sep)
         groups[name if inside else ""].append(file)
-    for name in {*groups} - {""} if len(groups) == 2 and "" in groups else ():
-        inner = group(groups[name])
-        if "" not in inner[1]:
+    if len(groups) == 2 and "" in groups:
+        inner = group(groups[max(groups)])
+        if len({*inner[1]} - {""}) > 1:
             return inner
     return place, groups
+
+
+def without_unlabeled(files):
+    """The files but those in a folder called unlabeled beside others, and these."""
+    groups = group(files)[1]
+    extra = {path for name in groups if name.lower() in UNLABELED and len(groups) > 1 for path in groups[name]}
+    return [file for file in files if file not in extra], [file for file in files if file in extra]
 
 
 def label(groups, classes):
@@ -86,8 +107,9 @@ def choose_test(place, groups, names, classes):
     Raises ValueError if these are of other classes."""
     for name in names:
         path, folders = group(groups[name])
-        if path != os.path.join(place, name) and os.path.basename(path) in classes:  # the only one
-            path, folders = os.path.dirname(path), {os.path.basename(path): groups[name]}
+        first = os.path.relpath(path, os.path.join(place, name)).split(os.sep)[0]
+        if first in classes:  # a test folder with one class
+            path, folders = os.path.join(place, name), {first: groups[name]}
         unknown = sorted({*folders} - {"", *classes})
         if {*folders} & {*classes} or len(unknown) > 1:
             if unknown:
@@ -96,28 +118,41 @@ def choose_test(place, groups, names, classes):
     return None
 
 
+def check_classes(top, folders, classes):
+    """Raise ValueError if a class has a folder called as another one, or as a split: copies, or no classes."""
+    for name in classes:
+        start = os.path.join(top, name, "")
+        inner = {path.removeprefix(start).partition(os.sep)[0] for path in folders[name]}
+        strange = [each for each in inner if each in folders or each.lower() in TRAIN]
+        if strange:
+            raise ValueError(f"{start}{min(strange)} is called as a class or a split, but lies in a class: move "
+                             "it, or choose another folder")
+
+
 def choose_splits(root, test_share):
     """Training images, unlabeled ones and test images of a folder, each as [(path, label)], and class
     names, by the rules in docs/data.md. Says what is used for what, and what is passed over. Raises
     what `find_images` does, and ValueError for a layout that may mean something else."""
     files, passed = find_images(root)
-    place, groups = group(files)
+    rest, unlabeled = without_unlabeled(files)
+    place, groups = group(rest)
     names = sorted({*groups} - {""})
-    trains, tests, unlabeled = ([name for kind in kinds for name in names if name.lower() == kind]
-                                for kinds in (TRAIN, TEST, UNLABELED))
+    trains, tests = ([name for kind in kinds for name in names if name.lower() == kind] for kinds in (TRAIN, TEST))
     likes = [LIKE_SPLIT.search(name.lower()) for name in names]
-    if len(trains) == 1 and len(trains + tests + unlabeled) == len(names):
-        top, folders = group(groups[trains[0]])
+    if len(trains) == 1 and len(trains + tests) == len(names):
+        rest, more = without_unlabeled(groups[trains[0]])
+        top, folders = group(rest)
+        unlabeled += more
     elif len(trains + tests) > 1 or all(likes) and len({like[1] for like in likes}) > 1:
         raise ValueError(f"{place} has {', '.join(names[:6])}: call the folders of the splits train and "
                          "test, and leave no others beside them")
     else:
-        tests, unlabeled = [], unlabeled if len(names) > 1 else []
-        top, folders = place, {name: groups[name] for name in groups if name not in unlabeled}
+        top, folders, tests = place, groups, []
     classes, held_out, where = sorted({*folders} - {""}), [], "held out"
     if "" in folders and len(classes) < 2:  # nothing to tell apart
         classes = []
-    images, extra = label(folders, classes), label({name: groups[name] for name in unlabeled}, [])
+    check_classes(top, folders, classes)
+    images, extra = label(folders, classes), label({"": unlabeled}, [])
     test = choose_test(place, groups, tests, classes) if len(classes) > 1 else None
     if test:
         where, held_out = f"{os.path.relpath(test[0], root)}/", test[1]
@@ -126,13 +161,18 @@ def choose_splits(root, test_share):
     for path in {*files}.difference(path for path, _ in images + extra + held_out):
         name = path.removeprefix(os.path.join(place, "")).split(os.sep)[0]
         passed[f"images in {name}/" if name in tests else "images in no class folder"] += 1
-    tested, count = len({number for _, number in held_out}), f"{len(classes) or 'no'} classes"
-    line = f"training images {os.path.relpath(top, root)}/ ({count}, {len(images):,})"
+    words = f"{len(classes):,} classes" if classes else "no classes"
+    line = f"{root}: training images {os.path.relpath(top, root)}/ ({words}, {len(images):,})"
     if extra:
-        line += f" and {', '.join(unlabeled)}/ ({len(extra):,})"
-    some = f", of {tested:,} classes" if tested < len(classes) else ""
+        line += f" and unlabeled ones ({len(extra):,})"
+    tested = len({number for _, number in held_out})
+    some = f", {tested:,} of the classes" if tested < len(classes) else ""
     line += f", test images {where} ({len(held_out):,}{some})" if held_out else ", no test images"
-    say_layout(root, line, passed)
+    if classes:
+        line += f"; classes {', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}"
+    info(line)
+    if passed:
+        warn(root + words_of(passed))
     return images, extra, held_out, classes
 
 
@@ -143,16 +183,10 @@ def list_images(root):
     tops = [os.path.relpath(file, root).split(os.sep) for file in files]
     classes = sorted({top[0] for top in tops if len(top) > 1})
     labels = {name: number for number, name in enumerate(classes)}
-    say_layout(root, f"{len(files):,} images, {len(classes) or 'no'} classes", passed)
+    info(f"{root}: {len(files):,} images, {len(classes) or 'no'} classes")
+    if passed:
+        warn(root + words_of(passed))
     return [(file, labels.get(top[0], -1)) for file, top in zip(files, tops)], classes
-
-
-def say_layout(root, line, passed):
-    """Say what a folder has, and what is passed over."""
-    info(f"{root}: {line}")
-    words = [f"{what} ({n:,})" for what, n in sorted(passed.items()) if n]
-    if words:
-        warn(f"{root}: passed over: {', '.join(words)}")
 
 
 def split_by_hash(images, folder, share):
@@ -172,23 +206,25 @@ def split_by_hash(images, folder, share):
     return splits
 
 
-def load_splits(root, size, test_share, unlabeled, cache_dir, skip_broken):
-    """A folder of images as [(train images, labels), (test images, labels)], as of `load_images`, and
-    class names. unlabeled: with the unlabeled images. Raises what `choose_splits` does, too."""
+def load_splits(root, size, test_share, cache_dir, skip_broken):
+    """A folder of images as [(train images, labels), (test images, labels)], as of `load_cached`, and class
+    names; unlabeled images come last. Raises what `choose_splits` and `load_cached` do."""
     train, extra, test, classes = choose_splits(root, test_share)
-    images, labels, read = load_images(root, train + extra + test, size, cache_dir, skip_broken)
-    end, first = numpy.searchsorted(read, [len(train), len(train) + len(extra)])
-    for label in sorted({*labels[first:].tolist()} - {*labels[:end].tolist()})[:3]:
+    images, broken = load_cached(root, train + extra + test, size, cache_dir, skip_broken)
+    labels = [label for i, (_, label) in enumerate(train + extra + test) if i not in broken]
+    count = sum(i not in broken for i in range(len(train + extra)))
+    if count == 0:
+        raise ValueError(f"{root}: none of the training images can be read")
+    for label in sorted({*labels[count:]} - {*labels[:count]})[:3]:
         warn(f"{root}: {classes[label]} has test images, but no training images that can be read")
-    if unlabeled:
-        end = first
-    return [(images[:end], labels[:end]), (images[first:], labels[first:])], classes
+    labels = torch.tensor(labels)
+    return [(images[:count], labels[:count]), (images[count:], labels[count:])], classes
 
 
-def load_images(root, files, size, cache_dir, skip_broken):
-    """The images of [(path, label)], below root, that can be read: uint8 [N, 3, size, size], labels int64
-    [N], and indices. They are mapped from an .npy file in cache_dir, which is made again if files, their
-    sizes or times change. Raises OSError, and ValueError, also for a file that cannot be read."""
+def load_cached(root, files, size, cache_dir, skip_broken):
+    """The images of [(path, label)], below root, uint8 [N, 3, size, size], and {index: why} of those that cannot be
+    read. They are mapped from an .npy file in cache_dir, which is made again if files, their sizes or
+    times change. Raises OSError, and ValueError for a file that cannot be read without skip_broken."""
     source = {"image_size": size, "files": []}
     for file, _ in files:
         stat = os.stat(file, follow_symlinks=os.path.exists(file))  # also of a broken link
@@ -201,62 +237,89 @@ def load_images(root, files, size, cache_dir, skip_broken):
         os.makedirs(cache_dir, exist_ok=True)
         with checkpoint.lock(f"{path}.lock", wait=True):  # another process may make it meanwhile
             found = read_cache(path, source, skip_broken)
-            while found is None:  # or, where nothing can be locked, replace what is made here
-                make_cache(path, source, skip_broken)
-                found = read_cache(path, source, skip_broken)
+            for _ in range(3):  # or, where nothing can be locked, replace what is made here
+                if found is None:
+                    make_cache(path, source, skip_broken)
+                    found = read_cache(path, source, skip_broken, new=True)
+    if found is None:
+        raise OSError(f"{path} changes while it is read; choose another --cache_dir")
     images, broken = found
-    if broken:
-        warn(f"{len(broken)} of {len(files)} images cannot be read and are skipped: "
-             + "; ".join(list(broken.values())[:3]))
-    read = [i for i in range(len(files)) if i not in broken]
+    say_broken(broken, len(files))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the file is mapped to be read, and nothing writes images
-        return torch.from_numpy(images), torch.tensor([files[i][1] for i in read]), read
+        return torch.from_numpy(images), broken
 
 
-def read_cache(path, source, skip_broken):
+def read_cache(path, source, skip_broken, new=False):
     """The images and {index: why} in a cache, images as .npy with JSON after them. None unless it is whole,
-    of this source, and lacks no files or, with skip_broken, those that still cannot be read."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError), open(path, "rb") as file:
-        numpy.lib.format.read_magic(file)
-        shape, _, dtype = numpy.lib.format.read_array_header_1_0(file)
-        file.seek(HEADER + math.prod(shape))
-        about = json.load(file)
-        broken, size = dict(about["broken"]), source["image_size"]
-        expected = (len(source["files"]) - len(broken), 3, size, size)
-        if (about["source"], shape, dtype) != (source, expected, numpy.uint8) or broken and not skip_broken:
+    of this source, and lacks no files or, with skip_broken, those that, if it is not new, still cannot be read."""
+    if not os.path.exists(path):
+        return None
+    with open(path, "rb") as file:
+        try:
+            numpy.lib.format.read_magic(file)
+            shape, _, dtype = numpy.lib.format.read_array_header_1_0(file)
+            file.seek(HEADER + math.prod(shape))
+            about = json.load(file)
+            broken, size = dict(about["broken"]), source["image_size"]
+            expected = (len(source["files"]) - len(broken), 3, size, size)
+            if (about["source"], shape, dtype) != (source, expected, numpy.uint8) or broken and not skip_broken:
+                return None
+            _, failures = read_images([(i, source["files"][i][0]) for i in broken], size)
+        except Exception:  # of any type: the file may hold anything
             return None
-        _, failures = read_images([(i, source["files"][i][0]) for i in broken], size)
-        if len(failures) < len(broken):
+        if len(failures) < len(broken) and not new:
             return None
         try:
             images = numpy.memmap(file, dtype, "r", HEADER, shape)
-            if hasattr(mmap, "MADV_RANDOM"):  # not on Windows; batches are random rows
-                images._mmap.madvise(mmap.MADV_RANDOM)
         except OSError:  # some file systems, and limits of memory, do not allow that
             file.seek(HEADER)
-            images = numpy.fromfile(file, dtype, math.prod(shape)).reshape(shape)
-        return images, broken
+            return numpy.fromfile(file, dtype, math.prod(shape)).reshape(shape), broken
+    if hasattr(mmap, "MADV_RANDOM"):  # not on Windows; batches are random rows
+        with contextlib.suppress(OSError):
+            images._mmap.madvise(mmap.MADV_RANDOM)
+    return images, broken
 
 
 def make_cache(path, source, skip_broken):
     """Write a cache, as `read_cache` reads it. Raises ValueError for a file that cannot be read."""
-    files, size = [file for file, _, _ in source["files"]], source["image_size"]
+    files, size, broken = [file for file, _, _ in source["files"]], source["image_size"], {}
     info(f"{path}: made once from {len(files):,} images, {len(files) * 3 * size**2 / 1e9:.3f} GB")
-    broken = {}
     with checkpoint.writing(path) as file:
         file.seek(HEADER)  # the header is written last, when the number of images is known
-        for images, failures in bar(decode(files, size), desc="images", unit="batch"):
-            broken |= failures
-            if broken and not skip_broken:
-                raise ValueError(f"{list(broken.values())[0]}; --skip_broken skips such files")
+        for images in read_batches(files, size, skip_broken, broken):
             file.write(images)
-        if len(broken) == len(files):
-            raise ValueError(f"none of {len(files)} images can be read; the first: {broken[0]}")
         file.write(json.dumps({"source": source, "broken": list(broken.items())}).encode())
         file.seek(0)
         shape = (len(files) - len(broken), 3, size, size)
         numpy.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
+
+
+def load_images(files, size, skip_broken):
+    """The same of a list of paths, without a cache."""
+    broken = {}
+    parts = list(read_batches(files, size, skip_broken, broken))
+    say_broken(broken, len(files))
+    return torch.from_numpy(numpy.concatenate(parts)), broken
+
+
+def say_broken(broken, count):
+    """Warn of the files that cannot be read, of `count`."""
+    if broken:
+        warn(f"{len(broken)} of {count} images cannot be read and are skipped: "
+             + "; ".join(list(broken.values())[:3]))
+
+
+def read_batches(files, size, skip_broken, broken):
+    """Yield batches of images uint8 [N, 3, size, size]; add {index: why} of those that cannot be read to
+    `broken`. Raises ValueError for such a file without skip_broken, or if there are no others."""
+    for images, failures in bar(decode(files, size), desc="images", unit="batch", delay=2):
+        broken |= failures
+        if broken and not skip_broken:
+            raise ValueError(f"{list(broken.values())[0]}; --skip_broken skips such files")
+        yield images
+    if len(broken) == len(files):
+        raise ValueError(f"none of {len(files)} images can be read; the first: {broken[0]}")
 
 
 def decode(files, size):
@@ -285,10 +348,12 @@ def read_images(files, size):
 
 def read_image(file):
     """What `decode_image` returns or, at a second try, raises: a network fails for a moment."""
-    try:
-        return decode_image(file)
-    except OSError:
-        return decode_image(file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of large images and damaged tags
+        try:
+            return decode_image(file)
+        except OSError:
+            return decode_image(file)
 
 
 def decode_image(file):

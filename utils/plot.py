@@ -40,7 +40,7 @@ PLOTS = {  # the metrics in each plot, with their words, and the label of the y 
 def figure(folder, name, width=4.2, height=3.0):
     """A figure (inches) to draw into, saved as folder/name.png at the end. Raises OSError."""
     with style.context(["default", STYLE]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a folder's name may be in any script
+        warnings.filterwarnings("ignore", "Glyph .* missing|constrained_layout")  # names in any script, of any length
         drawing = Figure(figsize=(width, height), layout="constrained")
         yield drawing
         drawing.savefig(os.path.join(folder, f"{name}.png"))

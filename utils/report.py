@@ -95,6 +95,8 @@ def begin(run, data, order, draws):
     if run.device.type == "cpu":
         info(f"No GPU in use, but {processor()}. Two cores train 50 to 220 views/s at width 64 and 32 pixels; "
              "a smaller --width or --view_size is faster.")
+    if settings["validation"]:
+        info(f"--validation: kNN tests {settings['validation']} of the training images, held out, instead.")
     if settings["bn_batch"] < settings["batch_size"]:
         info(f"Batch norm: statistics of the {settings['bn_batch']} images of each process.")
     if not data.has_classes:

@@ -16,7 +16,7 @@ import torch
 import torchvision
 
 from utils import checkpoint, log
-from utils.cli import Stopped, fail, info, processes, say, warn
+from utils.cli import USER_ERRORS, Stopped, fail, info, processes, say, warn
 from utils.device import describe, machine, processor
 from utils.distributed import on_first
 
@@ -197,7 +197,7 @@ def open_folder(found, command, settings, device, parts, began):
             if settings.get("untrained"):
                 shutil.copyfile(run.path(BACKBONE), run.path(UNTRAINED))
         return run
-    except (OSError, ValueError):
+    except USER_ERRORS:
         if folder is None:
             shutil.rmtree(new, ignore_errors=True)
         raise
@@ -256,8 +256,8 @@ class Run:
         warning = log.collapse_warning(self.records, self.settings)
         if warning:
             warn(warning)
-        for name in record.keys() - {"epoch"}:
-            if self.board:
+        with self.optional("TensorBoard"):
+            for name in record.keys() - {"epoch"} if self.board else ():
                 self.board.add_scalar(name, record[name], record["epoch"])
 
     def write(self, position):
