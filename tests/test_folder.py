@@ -239,6 +239,10 @@ def test_a_layout_is_read_as_it_is_meant(content, said, tmp_path, monkeypatch, c
         return
     loaded = load_dataset("folder", "DIR", CPU)
     printed = capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.chdir("DIR")
+        for root in (".", "../DIR/", f"{tmp_path}/DIR"):
+            assert torch.equal(load_dataset("folder", root, CPU, cache_dir="../other").train_labels, loaded.train_labels)
     line, _, passed = said.partition("|")
     assert line in printed.out.splitlines()[0] and printed.out.startswith("DIR: training images ")
     assert (f"DIR; passed over: {passed}\n" in printed.err if passed else not printed.err) or passed in printed.err
@@ -455,6 +459,7 @@ def test_links_in_a_circle_add_nothing_and_a_folder_that_cannot_be_read_is_named
     files = image_files.list_images("DIR/train")
     os.symlink("..", "DIR/train/disc/up")
     os.symlink(".", "DIR/train/disc/again")
+    os.symlink("../ring", "DIR/train/disc/other")  # another class
     assert image_files.list_images("DIR/train") == files
 
     def no_access(path):

@@ -121,7 +121,7 @@ def choose_test(place, groups, names, classes):
 def check_classes(top, folders, classes):
     """Raise ValueError if a class has a folder called as another one, or as a split: copies, or no classes."""
     for name in classes:
-        start = os.path.join(top, name, "")
+        start = os.path.join(os.path.normpath(os.path.join(top, name)), "")
         inner = {path.removeprefix(start).partition(os.sep)[0] for path in folders[name]}
         strange = [each for each in inner if each in folders or each.lower() in TRAIN]
         if strange:
