@@ -211,12 +211,12 @@ def load_splits(root, size, test_share, cache_dir, skip_broken):
     names; unlabeled images come last. Raises what `choose_splits` and `load_cached` do."""
     train, extra, test, classes = choose_splits(root, test_share)
     images, broken = load_cached(root, train + extra + test, size, cache_dir, skip_broken)
-    labels = [label for i, (_, label) in enumerate(train + extra + test) if i not in broken]
+    labels = [number for i, (_, number) in enumerate(train + extra + test) if i not in broken]
     count = sum(i not in broken for i in range(len(train + extra)))
     if count == 0:
         raise ValueError(f"{root}: none of the training images can be read")
-    for label in sorted({*labels[count:]} - {*labels[:count]})[:3]:
-        warn(f"{root}: {classes[label]} has test images, but no training images that can be read")
+    for number in sorted({*labels[count:]} - {*labels[:count]})[:3]:
+        warn(f"{root}: {classes[number]} has test images, but no training images that can be read")
     labels = torch.tensor(labels)
     return [(images[:count], labels[:count]), (images[count:], labels[count:])], classes
 
