@@ -16,7 +16,8 @@ import torch
 import hubconf
 import simsiam
 from utils import augment, checkpoint, cli, data, device as devices, knn, log, run
-from utils.folder import list_images, load_images
+from utils.folder import list_images
+from utils.images import load_images
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 HUB = [name for name in vars(hubconf) if name.startswith("simsiam_")]

@@ -122,10 +122,10 @@ def prepare(args, new=True):
     args.view_size = str(args.image_size) if args.view_size is None else args.view_size
     augment.view_sizes(args.view_size, args.epochs)  # raises for a bad one
     args.bn_batch = distributed.batch_norm_size(args.batch_size, args.sync_bn, device)
-    setup = Setup(args, device, data, *build(args, device))
+    model, optimizer, scaler = build(args, device)
     if initial:
-        setup.model.backbone.load_state_dict(initial.state_dict())
-    return setup
+        model.backbone.load_state_dict(initial.state_dict())
+    return Setup(args, device, data, model, optimizer, scaler)
 
 
 def build(args, device):

@@ -10,7 +10,8 @@ import torch
 import main as pretraining
 import main_lincls
 from conftest import CPU_ONLY, REPO, SMALL
-from utils import cli, device, folder
+from utils import cli, device
+from utils import images as image_files
 from utils.data import load_dataset
 
 
@@ -75,18 +76,18 @@ def test_reading_processes_suit_containers_and_torchrun(quota, affinity, threads
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(device, "processes", processes)
     assert device.cores() == expected
-    assert folder.decode(9999 * ["x"], 32).num_workers == expected
+    assert image_files.decode(9999 * ["x"], 32).num_workers == expected
 
 
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs /dev/shm")
 def test_reading_takes_no_shared_memory(shapes, tmp_path, monkeypatch):
     """A container may have 64 MB of it."""
     monkeypatch.chdir(tmp_path)
-    images = torch.from_numpy(folder.numpy.zeros((40, 64, 64, 3), dtype="uint8"))
+    pictures = torch.zeros(40, 64, 64, 3, dtype=torch.uint8).numpy()
     os.makedirs("DIR")
-    for i, image in enumerate(images):
-        folder.Image.fromarray(image.numpy()).save(f"DIR/{i}.png")
-    monkeypatch.setattr(folder, "BATCH_BYTES", 3 * 64 * 64)
+    for i, image in enumerate(pictures):
+        image_files.Image.fromarray(image).save(f"DIR/{i}.png")
+    monkeypatch.setattr(image_files, "BATCH_BYTES", 3 * 64 * 64)
     monkeypatch.setattr(device, "cores", lambda: 2)
     monkeypatch.setattr(torch.multiprocessing.reductions, "reduce_storage", None)  # of tensors on their way
     assert len(load_dataset("folder", "DIR", torch.device("cpu"), image_size=64).train_images) == 40

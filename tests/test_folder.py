@@ -19,7 +19,8 @@ import main_lincls
 import tiles
 import visualize
 from utils import checkpoint, log
-from utils import folder as image_files
+from utils import folder as layout
+from utils import images as image_files
 from utils.data import load_dataset
 from utils.shapes import CLASSES
 
@@ -77,7 +78,7 @@ def test_images_of_any_size_are_those_of_torchvision(size, tmp_path, monkeypatch
     crop = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()])
     reference = datasets.ImageFolder("DIR/train", crop)
     place = {file: i for i, (file, _) in enumerate(reference.samples)}
-    order = [place[file] for file, _ in image_files.list_images("DIR/train")[0]]
+    order = [place[file] for file, _ in layout.list_images("DIR/train")[0]]
     for images, labels in (loaded[:2], loaded[2:4]):
         assert torch.equal(images, torch.stack([reference[i][0] for i in order]))
         assert labels.tolist() == [reference.targets[i] for i in order]
@@ -117,9 +118,9 @@ def test_the_cache_is_made_once_and_again_if_the_folder_changes(folder, monkeypa
 
 
 def test_a_process_killed_while_it_makes_the_cache_leaves_none_that_is_used(folder):
-    script = ("import time, torch; from utils import data, folder\n"
+    script = ("import time, torch; from utils import data, images\n"
               "def slow(file): open('begun', 'w').close(); time.sleep(60)\n"
-              "folder.read_image = slow; data.load_dataset('folder', 'DIR', torch.device('cpu'))")
+              "images.read_image = slow; data.load_dataset('folder', 'DIR', torch.device('cpu'))")
     environment = os.environ | {"PYTHONPATH": str(Path(image_files.__file__).parents[1])}
     process = subprocess.Popen([sys.executable, "-c", script], env=environment)
     while not os.path.exists("begun"):
@@ -344,20 +345,20 @@ def test_imbalanced_classes_have_their_balanced_accuracy_beside_top_1(folder, ca
 def test_images_for_features_are_those_of_image_folder(tmp_path, shapes):
     write_images(tmp_path / "DIR", shapes.train_images[:3], [1, 0, 1], "ab")
     reference = datasets.ImageFolder(tmp_path / "DIR")
-    found, classes = image_files.list_images(str(tmp_path / "DIR"))
+    found, classes = layout.list_images(str(tmp_path / "DIR"))
     assert found == sorted(reference.samples, key=lambda sample: Path(sample[0]).name) and classes == reference.classes
     images, broken = image_files.load_images([file for file, _ in found], 32, False)
     assert torch.equal(images, shapes.train_images[:3]) and not broken
     (tmp_path / "DIR" / "b" / "deep").mkdir()
     Path(found[0][0]).rename(tmp_path / "DIR" / "b" / "deep" / "00000.png")
-    assert [label for _, label in image_files.list_images(str(tmp_path / "DIR"))[0]] == [1, 0, 1]
+    assert [label for _, label in layout.list_images(str(tmp_path / "DIR"))[0]] == [1, 0, 1]
     file = found[1][0]
-    assert image_files.list_images(os.path.dirname(file)) == ([(file, -1)], [])  # no folders of classes
-    assert image_files.list_images(file) == ([(file, -1)], [])  # a folder of one
+    assert layout.list_images(os.path.dirname(file)) == ([(file, -1)], [])  # no folders of classes
+    assert layout.list_images(file) == ([(file, -1)], [])  # a folder of one
     (tmp_path / "none").mkdir()
     for content in ("notes.txt", ".hidden.png"):
         with pytest.raises(OSError, match="none.*no images"):
-            image_files.list_images(str(tmp_path / "none"))
+            layout.list_images(str(tmp_path / "none"))
         (tmp_path / "none" / content).touch()
 
 
@@ -437,7 +438,7 @@ def test_the_same_picture_in_any_mode_is_the_same_image(tmp_path, capsys):
         assert read.shape == (40, 56, 3) and np.abs(read - expected).max() <= 1, name
     (tmp_path / "notes.txt").touch()
     (tmp_path / "moving.gif").touch()
-    assert len(image_files.list_images(str(tmp_path))[0]) == len(cases) + 1
+    assert len(layout.list_images(str(tmp_path))[0]) == len(cases) + 1
     assert capsys.readouterr().err == f"warning: {tmp_path}; passed over: .gif files (1), .txt files (1)\n"
     for dtype, name in ((np.int32, "32.tif"), (np.float32, "float.tiff"), (np.int16, "signed.tif")):
         Image.fromarray(gray.astype(dtype)).save(tmp_path / name)
@@ -456,11 +457,11 @@ def test_photographs_of_any_size_mode_and_format_train(tmp_path, monkeypatch, no
 
 
 def test_links_in_a_circle_add_nothing_and_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):
-    files = image_files.list_images("DIR/train")
+    files = layout.list_images("DIR/train")
     os.symlink("..", "DIR/train/disc/up")
     os.symlink(".", "DIR/train/disc/again")
     os.symlink("../ring", "DIR/train/disc/other")  # another class
-    assert image_files.list_images("DIR/train") == files
+    assert layout.list_images("DIR/train") == files
 
     def no_access(path):
         raise PermissionError(13, "Permission denied", path)

@@ -8,7 +8,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, STL10, SVHN
 from torchvision.transforms.v2.functional import resize
 
 from utils import checkpoint, shapes
-from utils.folder import load_splits
+from utils.images import load_splits
 
 TORCHVISION = {"cifar10": CIFAR10, "cifar100": CIFAR100, "stl10": STL10, "svhn": SVHN}
 DATASETS = (*TORCHVISION, "folder", "shapes")
