@@ -135,7 +135,7 @@ def build(args, device):
         simsiam.ARCHS[args.arch](args.width), args.dim, args.pred_dim, args.num_proj_layers,
         args.head_bn, args.predictor, args.stop_gradient,
     ).to(device, memory_format=devices.memory_layout(device, args.width, args.batch_size))
-    model = devices.with_fast_convolutions(model)
+    devices.with_fast_convolutions(model)
     if distributed.processes > 1 and args.bn_batch == args.batch_size:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     groups = [[*model.parameters()]]

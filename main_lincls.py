@@ -92,8 +92,7 @@ def prepare(args):
     classifier = make_classifier(args, backbone.feature_dim).to(device)
     optimizer = devices.sgd([[*classifier.parameters()]], args.lr, args.momentum, args.weight_decay)
     backbone = backbone.requires_grad_(False).to(device, memory_format=torch.channels_last)
-    backbone = devices.with_fast_convolutions(backbone)
-    return Setup(args, device, data, backbone, classifier, optimizer)
+    return Setup(args, device, data, devices.with_fast_convolutions(backbone), classifier, optimizer)
 
 
 def make_classifier(args, feature_dim):

@@ -69,7 +69,9 @@ def plot_map(folder, unit, labels, classes):
         from sklearn.manifold import TSNE
         tsne, method = TSNE(perplexity=min(30, (len(unit) - 1) / 3), init="pca", random_state=0), "t-SNE"
         points = tsne.fit_transform(unit.numpy())
-    except Exception:  # of any type: missing, broken, or too few images
+    except Exception as error:  # of any type: missing, broken, or too few images
+        if not isinstance(error, ImportError):
+            cli.warn(f"no t-SNE ({error}); the map shows principal components")
         centered, method = unit.double() - unit.double().mean(dim=0), "principal components"
         points = (centered @ torch.linalg.eigh(centered.T @ centered)[1][:, -2:]).numpy()
     with plot.figure(folder, "map", 5.2, 3.8) as drawing:

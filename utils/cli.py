@@ -193,14 +193,13 @@ def run_script(main, torchrun=False):
     """Call a script's main and exit with its code; without a traceback on Ctrl-C. Several processes
     of a launcher are refused, unless it is torchrun and the script is made for it; one says so. The first
     in an interactive shell is the only one, whatever was allocated."""
-    shell = os.isatty(0) or "SLURM_PTY_PORT" in os.environ
-    shell = shell or os.environ.get("SLURM_JOB_NAME") in ("interactive", "bash")
+    shell = "SLURM_PTY_PORT" in os.environ or os.environ.get("SLURM_JOB_NAME") in ("interactive", "bash")
     task = os.environ.get("SLURM_TASK_PID") == str(os.getpid())  # started by srun itself
     for size, index in LAUNCHERS.items():
         if os.environ.get(size, "1") not in ("", "0", "1") and not (torchrun and TORCHRUN):
             if os.environ.get(index, "0") != "0":
                 wait_to_exit()
-            if size.startswith("SLURM") and shell and not task:
+            if size.startswith("SLURM") and (shell or os.isatty(0)) and not task:
                 continue
             how = "with torchrun" if torchrun else "without the launcher"
             Parser(prog=os.path.basename(sys.argv[0])).error(

@@ -75,10 +75,9 @@ def load_dataset(name, root, device, **options):
         splits, classes = load_torchvision(name, root, options.unlabeled)
     else:
         raise ValueError(f"no data set is called {name!r}; choose from {', '.join(DATASETS)}")
-    count = options.train_size
-    if name == "stl10" and count is not None and not options.unlabeled:
-        count = min(count, len(splits[0][0]))  # the labeled ones among the first images
-    train, train_labels = to_tensors(*splits[0], size, count, "train")
+    if name == "stl10" and options.train_size and not options.unlabeled:  # the labeled ones among them
+        options = options._replace(train_size=min(options.train_size, len(splits[0][0])))
+    train, train_labels = to_tensors(*splits[0], size, options.train_size, "train")
     if not options.unlabeled:
         labeled = int((train_labels >= 0).sum())
         train, train_labels = train[:labeled], train_labels[:labeled]

@@ -135,7 +135,7 @@ class FastConv2d(torch.nn.Conv2d):
 
 
 def with_fast_convolutions(model):
-    """The model with FastConv2d in it, for training; in the network as others trace it nothing branches."""
+    """The model, changed in place to FastConv2d, for training; the network that others trace has no branch."""
     for module in model.modules():
         if type(module) is torch.nn.Conv2d and module.kernel_size == (3, 3):
             module.__class__ = FastConv2d

@@ -256,9 +256,10 @@ class Run:
         warning = log.collapse_warning(self.records, self.settings)
         if warning:
             warn(warning)
-        with self.optional("TensorBoard"):
-            for name in record.keys() - {"epoch"} if self.board else ():
-                self.board.add_scalar(name, record[name], record["epoch"])
+        if self.board:
+            with self.optional("TensorBoard"):
+                for name in record.keys() - {"epoch"}:
+                    self.board.add_scalar(name, record[name], record["epoch"])
 
     def write(self, position):
         """Write the log, backbone.pt of a pre-training, and the checkpoint. Raises OSError."""
