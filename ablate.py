@@ -37,7 +37,7 @@ STUDIES = {
                    "head-bn-all": ("--head_bn all", "unstable")},
     "similarity": {"default": ("", "68.1"), "cross-entropy": ("--similarity cross_entropy", "63.2")},
     "symmetry": {"default": ("", "68.1"), "asymmetric": ("--symmetry asymmetric", "64.8"),
-                 "asymmetric-2x": ("--symmetry asymmetric_2x", "67.3")}}
+                 "asymmetric-2x": ("--symmetry asymmetric --views 4", "67.3")}}
 VARIANTS = {name: options for study in STUDIES.values() for name, (options, _) in study.items()}
 VARIANTS["default"] = "--untrained"
 

@@ -43,6 +43,8 @@ def make_parser():
     add("--learning_rate", type=rate, help="default: 0.03 * batch_size / 256")
     add("--momentum", type=rate, default=0.9, help="of SGD")
     add("--weight_decay", type=rate, default=5e-4, help="of SGD")
+    add("--views", type=int, choices=range(2, 9), default=2, metavar="N", help="views of an image, "
+        "2 (the paper's) to 8; each predicts the mean of the others")
     add("--view_size", metavar="N|N:SHARE,...", help="pixels of the views (default: the "
         "images'), or shares of the epochs: 16:0.5,24:0.25,32:0.25")
     add("--seed", type=count(0), default=0, help="random seed")
@@ -102,6 +104,8 @@ def prepare(args, new=True):
     args.precision = devices.select_precision(args.precision, device)
     if args.predictor != "learned" and args.fix_pred_lr:
         raise ValueError(f"--fix_pred_lr: with --predictor {args.predictor} no predictor is trained")
+    if args.symmetry == "asymmetric" and args.views % 2:
+        raise ValueError(f"--views {args.views}: --symmetry asymmetric takes pairs of views")
     if args.warmup_epochs >= args.epochs:
         raise ValueError(f"--warmup_epochs {args.warmup_epochs}: the run has {args.epochs} epochs")
     initial = None
@@ -118,7 +122,6 @@ def prepare(args, new=True):
         args.learning_rate = LR_PER_256 * args.batch_size / 256
     args.data_digest = data.digest()
     args.steps = count // args.batch_size  # an epoch; the last partial batch is dropped
-    args.views = 4 if args.symmetry == "asymmetric_2x" else 2
     args.view_size = str(args.image_size) if args.view_size is None else args.view_size
     augment.view_sizes(args.view_size, args.epochs)  # raises for a bad one
     args.bn_batch = distributed.batch_norm_size(args.batch_size, args.sync_bn, device)
@@ -174,15 +177,12 @@ def make_forward(args, model, device):
     distance, loss_of = simsiam.DISTANCES[args.similarity], simsiam.LOSSES[args.symmetry]
 
     def forward(images, size, draws):
-        losses, stds = [], []
-        for i in range(0, len(draws), 2):  # pairs of views
-            x1, x2 = augment.make_views(images, draws[i:i + 2], size)  # [B, 3, size, size] each
-            x1, x2 = x1.contiguous(memory_format=layout), x2.contiguous(memory_format=layout)
-            with autocast():
-                p1, p2, z1, z2 = model(x1, x2)  # [B, dim] each
-            losses.append(loss_of(p1, p2, z1, z2, distance))
-            stds.append(simsiam.feature_std(z1).detach())
-        return sum(losses) / len(losses), sum(stds) / len(stds)
+        views = augment.make_views(images, draws, size)  # [B, 3, size, size] each
+        views = [view.contiguous(memory_format=layout) for view in views]
+        with autocast():
+            outputs = model(*views)  # p1, p2, z1, z2: [B, dim] each
+        z1 = outputs[len(views)]
+        return loss_of(*outputs, distance=distance), simsiam.feature_std(z1).detach()
 
     local = distributed.processes == 1 or args.bn_batch < args.batch_size  # SyncBN cuts the graph
     if local or args.compile is not None:
@@ -281,7 +281,7 @@ def main(argv=None):
     began, argv = time.monotonic(), sys.argv[1:] if argv is None else argv
     parser = make_parser()
     args = parser.parse_args(argv)
-    with cli.memory_errors("main.py", "lower --batch_size, --image_size or --width"), distributed.joined():
+    with cli.memory_errors("main.py", "lower --batch_size, --views, --image_size or --width"), distributed.joined():
         with parser.user_errors():
             setup, run, position = set_up(parser, args, argv, began)
         stop = distributed.StopRequest(args.max_minutes, began)

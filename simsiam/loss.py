@@ -1,4 +1,5 @@
 """The loss (paper, Eq. 1 and 2), its variants (Sec. 4.5 and 4.6) and the collapse monitor (Sec. 4.1)."""
+import torch
 import torch.nn.functional as F
 
 
@@ -12,15 +13,20 @@ def cross_entropy(p, z):
     return F.cross_entropy(p.float(), z.float().softmax(dim=1))
 
 
-def simsiam_loss(p1, p2, z1, z2, distance=negative_cosine):
-    """L = D(p1, z2) / 2 + D(p2, z1) / 2 of inputs [B, dim]: float32 scalar, in [-1, 1] for the negative
-    cosine. z1 and z2 are targets, which SimSiam.forward returns detached."""
-    return 0.5 * distance(p1, z2) + 0.5 * distance(p2, z1)
+def simsiam_loss(*outputs, distance=negative_cosine):
+    """L = D(p1, z2) / 2 + D(p2, z1) / 2 of outputs p1, p2, z1, z2, [B, dim] each: float32 scalar, in
+    [-1, 1] for the negative cosine. Of p1 to pN and z1 to zN the mean over i of D(p_i, the mean of the
+    other z) (FastSiam, Pototzky et al. 2022). z are targets, which SimSiam.forward returns detached."""
+    p, z = outputs[:len(outputs) // 2], outputs[len(outputs) // 2:]
+    others = [torch.stack(z[:i] + z[i + 1:]).float().mean(dim=0) for i in range(len(z))]
+    return sum(map(distance, p, others)) / len(p)
 
 
-def asymmetric_loss(p1, p2, z1, z2, distance=negative_cosine):
-    """L = D(p1, z2) (Sec. 4.6); the paper's "asymmetric 2x" is its mean over two pairs of views."""
-    return distance(p1, z2)
+def asymmetric_loss(*outputs, distance=negative_cosine):
+    """L = D(p1, z2) of outputs p1, p2, z1, z2 (Sec. 4.6); of more views, the mean over pairs of them: of
+    four, D(p1, z2) / 2 + D(p3, z4) / 2, the paper's "asymmetric 2x"."""
+    p, z = outputs[:len(outputs) // 2], outputs[len(outputs) // 2:]
+    return sum(map(distance, p[::2], z[1::2])) / len(p[::2])
 
 
 def feature_std(z):
@@ -32,4 +38,4 @@ def feature_std(z):
 
 
 DISTANCES = {"cosine": negative_cosine, "cross_entropy": cross_entropy}
-LOSSES = {"symmetric": simsiam_loss, "asymmetric": asymmetric_loss, "asymmetric_2x": asymmetric_loss}
+LOSSES = {"symmetric": simsiam_loss, "asymmetric": asymmetric_loss}

@@ -1,4 +1,4 @@
-"""SimSiam: one backbone and projector for both views, a predictor, and the stop-gradient (paper, Sec. 3)."""
+"""SimSiam: one backbone and projector for all views, a predictor, and the stop-gradient (paper, Sec. 3)."""
 from torch import nn
 
 PREDICTORS = ("learned", "fixed", "none")  # Sec. 4.2, Table 1
@@ -45,12 +45,12 @@ class SimSiam(nn.Module):
         elif predictor == "none":
             self.predictor = nn.Identity()
 
-    def forward(self, x1, x2):
-        """Two views of the same images, [B, 3, H, W] each -> p1, p2, z1, z2, [B, dim] each. The views pass
-        through the network one after the other: each has its own batch statistics."""
-        z1 = self.projector(self.backbone(x1))  # [B, dim]
-        z2 = self.projector(self.backbone(x2))
-        p1, p2 = self.predictor(z1), self.predictor(z2)
+    def forward(self, *views):
+        """Two views of the same images, [B, 3, H, W] each -> p1, p2, z1, z2, [B, dim] each; of N views
+        p1 to pN, then z1 to zN. The views pass through the network one after the other: each has its
+        own batch statistics."""
+        z = [self.projector(self.backbone(x)) for x in views]  # [B, dim] each
+        p = [self.predictor(each) for each in z]
         if self.stop_gradient:
-            z1, z2 = z1.detach(), z2.detach()  # the stop-gradient
-        return p1, p2, z1, z2
+            z = [each.detach() for each in z]  # the stop-gradient
+        return *p, *z

@@ -36,7 +36,7 @@ def fake_step(options, make_backbone):
                                 args.predictor, args.stop_gradient)
         images = torch.empty(8, 3, 32, 32, dtype=torch.uint8)
     draws = [Draws(*(field.to(CUDA) for field in draw_views(8, torch.Generator().manual_seed(0))))
-             for _ in range(4 if args.symmetry == "asymmetric_2x" else 2)]
+             for _ in range(args.views)]
     return pretraining.make_forward(args, model, CUDA), (images, 32, draws)
 
 

@@ -211,9 +211,9 @@ def test_a_knn_that_cannot_be_made_costs_no_training(whole, run_main, monkeypatc
 def test_sizes_of_views_reach_the_network_and_survive_a_stop(run_main, no_gpu, monkeypatch, schedule, sizes):
     seen, usual = [], simsiam.SimSiam.forward
 
-    def forward(model, x1, x2):
-        seen.append(x1.shape[2])
-        return usual(model, x1, x2)
+    def forward(model, *views):
+        seen.append(views[0].shape[2])
+        return usual(model, *views)
 
     monkeypatch.setattr(simsiam.SimSiam, "forward", forward)
     options = ("--epochs", 4, "--eval_freq", 2, "--view_size", schedule)

@@ -130,9 +130,9 @@ def test_losses_are_the_papers_formulas():
     def cross_entropy(p, z):  # Sec. 4.5, row by row
         return torch.stack([-(b.exp() / b.exp().sum()) @ (a.exp() / a.exp().sum()).log() for a, b in zip(p, z)]).mean()
     for distance, expected in ((simsiam.negative_cosine, cosine), (simsiam.cross_entropy, cross_entropy)):
-        symmetric = simsiam.simsiam_loss(p1, p2, z1, z2, distance)
+        symmetric = simsiam.simsiam_loss(p1, p2, z1, z2, distance=distance)
         torch.testing.assert_close(symmetric, expected(p1, z2) / 2 + expected(p2, z1) / 2)
-        torch.testing.assert_close(simsiam.asymmetric_loss(p1, p2, z1, z2, distance), expected(p1, z2))
+        torch.testing.assert_close(simsiam.asymmetric_loss(p1, p2, z1, z2, distance=distance), expected(p1, z2))
         assert distance(p1.bfloat16(), z1.bfloat16()).dtype == torch.float32
     assert simsiam.simsiam_loss(p1, p2, p2, p1).item() == pytest.approx(-1)  # the cosine is the default
 
