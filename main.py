@@ -43,8 +43,8 @@ def make_parser():
     add("--learning_rate", type=rate, help="default: 0.03 * batch_size / 256")
     add("--momentum", type=rate, default=0.9, help="of SGD")
     add("--weight_decay", type=rate, default=5e-4, help="of SGD")
-    add("--views", type=int, choices=range(2, 9), default=2, metavar="N", help="views of an image, "
-        "2 (the paper's) to 8; each predicts the mean of the others")
+    add("--views", type=int, choices=range(2, 9), default=2, metavar="N", help="of an image, 2 to 8; "
+        "each predicts the mean of the others")
     add("--view_size", metavar="N|N:SHARE,...", help="pixels of the views (default: the "
         "images'), or shares of the epochs: 16:0.5,24:0.25,32:0.25")
     add("--seed", type=count(0), default=0, help="random seed")

@@ -17,16 +17,18 @@ def simsiam_loss(*outputs, distance=negative_cosine):
     """L = D(p1, z2) / 2 + D(p2, z1) / 2 of outputs p1, p2, z1, z2, [B, dim] each: float32 scalar, in
     [-1, 1] for the negative cosine. Of p1 to pN and z1 to zN the mean over i of D(p_i, the mean of the
     other z) (FastSiam, Pototzky et al. 2022). z are targets, which SimSiam.forward returns detached."""
-    p, z = outputs[:len(outputs) // 2], outputs[len(outputs) // 2:]
-    others = [torch.stack(z[:i] + z[i + 1:]).float().mean(dim=0) for i in range(len(z))]
-    return sum(map(distance, p, others)) / len(p)
+    n = len(outputs) // 2
+    p, z = outputs[:n], outputs[n:]
+    others = [torch.stack(z[:i] + z[i + 1:]).mean(dim=0) for i in range(n)]
+    return sum(map(distance, p, others)) / n
 
 
 def asymmetric_loss(*outputs, distance=negative_cosine):
     """L = D(p1, z2) of outputs p1, p2, z1, z2 (Sec. 4.6); of more views, the mean over pairs of them: of
     four, D(p1, z2) / 2 + D(p3, z4) / 2, the paper's "asymmetric 2x"."""
-    p, z = outputs[:len(outputs) // 2], outputs[len(outputs) // 2:]
-    return sum(map(distance, p[::2], z[1::2])) / len(p[::2])
+    n = len(outputs) // 2
+    p, z = outputs[:n:2], outputs[n + 1::2]  # the first views of the pairs; the second
+    return sum(map(distance, p, z)) / len(p)
 
 
 def feature_std(z):

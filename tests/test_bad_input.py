@@ -22,6 +22,8 @@ PRETRAIN = [
     ("--epoch 3", ["--epoch 3"]), ("--learning_rate nan", ["--learning_rate", "finite"]),
     ("--batch_size 1", ["--batch_size", "at least 2"]), ("--batch_size 129", ["--batch_size 129", "128 training"]),
     ("--warmup_epochs 800", ["--warmup_epochs 800", "800 epochs"]),
+    ("--views 1", ["--views", "2, 3, 4, 5, 6, 7, 8"]),
+    ("--views 3 --symmetry asymmetric", ["--views 3", "pairs"]),
     ("--fix_pred_lr --predictor none", ["--fix_pred_lr", "--predictor none"]),
     ("--precision fp16", ["fp16", "fp32 or bf16"]), ("--dim 4000000000", ["memory"]),
     ("--gpu 0", ["--gpu 0", "omit --gpu"]), ("--gpu -1", ["--gpu", "'-1'"]),

@@ -88,9 +88,10 @@ def reference(words):
                 value.copy_(before[name])
             first = step * args.batch_size + half * args.batch_size // 2
             rows = slice(first, first + args.batch_size // 2)
-            x1, x2 = make_views(data.train_images[order[rows]], [each.rows(rows) for each in draws], 32)
-            p1, p2, z1, z2 = model(x1.double(), x2.double())
-            loss = -(F.cosine_similarity(p1, z2).mean() + F.cosine_similarity(p2, z1).mean()) / 2
+            views = make_views(data.train_images[order[rows]], [each.rows(rows) for each in draws], 32)
+            p1, p2, p3, z1, z2, z3 = model(*(view.double() for view in views))
+            pairs = (p1, z2 + z3), (p2, z1 + z3), (p3, z1 + z2)
+            loss = -sum(F.cosine_similarity(p, z).mean() for p, z in pairs) / 3
             (loss / 2).backward()
         optimizer.step()
     return model.state_dict()
@@ -98,7 +99,7 @@ def reference(words):
 
 def test_two_processes_are_a_process_that_takes_the_mean_of_two_halves(here, monkeypatch):
     """In float64, within 1e-10."""
-    words = [*SMALL, "run", "--epochs", "1", "--train_size", "320", "--width", "8"]  # 8: in channels_last
+    words = [*SMALL, "run", "--epochs", "1", "--train_size", "320", "--width", "8", "--views", "3"]  # 8: in channels_last
     assert finish(torchrun(*words, script="tests/in_float64.py"))[0] == 0
     for module, name in ((augment, "make_views"), (pretraining.knn, "monitor"), (pretraining.simsiam, "SimSiam")):
         monkeypatch.setattr(module, name, getattr(module, name))  # to be restored

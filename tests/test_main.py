@@ -205,20 +205,23 @@ def test_a_knn_that_cannot_be_made_costs_no_training(whole, run_main, monkeypatc
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("schedule, sizes", [
-    ("16:0.5,24:0.25,32:0.25", 4 * 2 * [16] + 4 * [24] + 4 * [32]), ("16", 4 * 4 * [16]),
+@pytest.mark.parametrize("schedule, count, sizes", [
+    ("16:0.5,24:0.25,32:0.25", 3, 4 * 2 * [16] + 4 * [24] + 4 * [32]), ("16", 2, 4 * 4 * [16]),
 ])
-def test_sizes_of_views_reach_the_network_and_survive_a_stop(run_main, no_gpu, monkeypatch, schedule, sizes):
+def test_views_reach_the_network_and_survive_a_stop(run_main, no_gpu, monkeypatch, schedule, count, sizes):
     seen, usual = [], simsiam.SimSiam.forward
 
     def forward(model, *views):
-        seen.append(views[0].shape[2])
+        assert len(views) == count
+        seen.append(views[-1].shape[2])
         return usual(model, *views)
 
     monkeypatch.setattr(simsiam.SimSiam, "forward", forward)
-    options = ("--epochs", 4, "--eval_freq", 2, "--view_size", schedule)
+    options = ("--epochs", 4, "--eval_freq", 2, "--view_size", schedule, "--views", count)
     assert run_main(*options, "--trial", "whole") == 0
     assert seen == sizes
+    for record in log.read("experiments/whole"):
+        assert record["views_per_s"] == pytest.approx(4 * 32 * count / record["seconds"], rel=0.1)
     with before_calls([11], SGD, "step", lambda: signal.raise_signal(signal.SIGTERM)):
         assert run_main(*options, "--trial", "stopped") == 128 + signal.SIGTERM
     assert run_main("--resume", "auto", "--trial", "stopped") == 0

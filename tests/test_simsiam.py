@@ -1,4 +1,5 @@
 """Backbone, heads, losses and variants against torchvision, the paper's counts and written-out forms."""
+import itertools
 import math
 from functools import partial
 from unittest import mock
@@ -87,9 +88,9 @@ def test_head_bn_places_the_batch_norms_of_the_paper(head_bn, projector, predict
 
 
 def test_each_view_has_its_own_batch_statistics():
-    model, views = variant(), (VIEWS[0], 3 * VIEWS[1] + 1)
-    p1, p2, z1, z2 = model(*views)
-    for x, p, z in zip(views, (p1, p2), (z1, z2)):
+    model, views = variant(), (VIEWS[0], 3 * VIEWS[1] + 1, VIEWS[0] - VIEWS[1])
+    p1, p2, p3, z1, z2, z3 = model(*views)
+    for x, p, z in zip(views, (p1, p2, p3), (z1, z2, z3)):
         alone = model.projector(model.backbone(x))
         torch.testing.assert_close(z, alone.detach())
         torch.testing.assert_close(p, model.predictor(alone))
@@ -135,6 +136,35 @@ def test_losses_are_the_papers_formulas():
         torch.testing.assert_close(simsiam.asymmetric_loss(p1, p2, z1, z2, distance=distance), expected(p1, z2))
         assert distance(p1.bfloat16(), z1.bfloat16()).dtype == torch.float32
     assert simsiam.simsiam_loss(p1, p2, p2, p1).item() == pytest.approx(-1)  # the cosine is the default
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_each_view_predicts_the_mean_of_the_others(count):
+    """As written out in float64, with the gradient, in any order of the views; two have the bits of the paper's form."""
+    generator, n = torch.Generator().manual_seed(0), range(count)
+    p, z = torch.randn(2, count, 16, 32, generator=generator, dtype=torch.float64).requires_grad_()
+
+    def written_out(p, z):
+        loss = 0
+        for i, row in itertools.product(n, range(16)):
+            target = sum(z[j, row] for j in n if j != i) / (count - 1)
+            loss -= p[i, row] @ target / (p[i, row].norm() * target.norm()) / (16 * count)
+        return loss
+
+    def with_gradient(function, inputs):
+        loss = function(*inputs)
+        return loss, *torch.autograd.grad(loss, inputs)
+
+    expected = with_gradient(written_out, (p, z))
+    for order in (list(n), torch.randperm(count, generator=generator).tolist()):
+        found = with_gradient(lambda p, z: simsiam.simsiam_loss(*(p[i] for i in order), *(z[i] for i in order)), (p, z))
+        torch.testing.assert_close(found, expected, check_dtype=False, rtol=1e-5, atol=1e-6)
+    if count == 2:
+        inputs = (p.detach().float().requires_grad_(), z.detach().float().requires_grad_())
+        both = (with_gradient(function, inputs) for function in (
+            lambda p, z: simsiam.simsiam_loss(*p, *z),
+            lambda p, z: 0.5 * simsiam.negative_cosine(p[0], z[1]) + 0.5 * simsiam.negative_cosine(p[1], z[0])))
+        assert all(torch.equal(ours, paper) for ours, paper in zip(*both, strict=True))
 
 
 def test_feature_std_is_1_for_spread_and_0_for_constant_outputs():
