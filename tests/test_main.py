@@ -3,6 +3,7 @@ import errno
 import gc
 import json
 import os
+import shutil
 import signal
 import sys
 
@@ -226,6 +227,31 @@ def test_views_reach_the_network_and_survive_a_stop(run_main, no_gpu, monkeypatc
         assert run_main(*options, "--trial", "stopped") == 128 + signal.SIGTERM
     assert run_main("--resume", "auto", "--trial", "stopped") == 0
     assert_same_run("whole", "stopped")
+
+
+def test_a_checkpoint_of_another_memory_layout_is_resumed_as_any_other(run_main, no_gpu, monkeypatch):
+    """Width 8, which is channels_last here, resumed contiguous, as on a GPU of another age, and with the momenta changed
+    by hand: a fused optimizer walks weights and momenta side by side."""
+    options = ("--width", 8, "--epochs", 3, "--precision", "fp32", "--trial", "run")
+    with before_calls([5], SGD, "step", lambda: signal.raise_signal(signal.SIGTERM)):
+        assert run_main(*options) == 128 + signal.SIGTERM
+    results = []
+    for strided in (False, True):
+        shutil.copytree("experiments/run", f"experiments/{strided}")
+        state = state_of(str(strided))
+        momenta = state["optimizer"]["state"].values()
+        assert not all(each["momentum_buffer"].is_contiguous() for each in momenta)
+        for each in momenta if strided else ():
+            each["momentum_buffer"] = each["momentum_buffer"].contiguous()
+        checkpoint.save(f"experiments/{strided}/checkpoint.pt", state)
+        assert run_main(*options[:-1], strided, "--resume", "auto") == 0
+        results.append(checkpoint.load(f"experiments/{strided}/backbone.pt"))
+    monkeypatch.setattr("utils.device.memory_layout", lambda *args: torch.contiguous_format)
+    assert run_main(*options, "--resume", "auto") == 0
+    first, second, third = *results, checkpoint.load("experiments/run/backbone.pt")
+    for name in first:
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], third[name], rtol=0.05, atol=0.01)
 
 
 def test_a_run_has_one_process_at_a_time_and_a_record_of_each(run_main, refused, no_gpu, monkeypatch, capsys):

@@ -133,6 +133,10 @@ def restore(state, settings, device, parts):
         for name, part in parts.items():
             if name != "scaler" or state[name]:  # empty unless the precision is fp16
                 part.load_state_dict(state[name])
+            if isinstance(part, torch.optim.SGD):  # fused, it takes a momentum to lie in memory as its parameter
+                for parameter, found in part.state.items():
+                    momentum = found["momentum_buffer"]
+                    found["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, IndexError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{state['path']}: its {name} does not fit: {reason}") from error
