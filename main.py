@@ -17,7 +17,7 @@ import time
 from typing import NamedTuple
 
 from utils import augment, cli, device as devices, distributed, knn, log, report, run as runs
-from utils.data import DATASETS, Dataset, load_dataset, options_in
+from utils.data import DATASETS, Dataset, load_dataset, options_in, take
 import torch  # after utils, which sets OpenMP up
 
 import simsiam
@@ -211,7 +211,7 @@ def pretrain(setup, run, position, stop):
                 if stop.agreed():
                     break
                 rows = distributed.rows_of_step(step, args.batch_size)
-                images = data.train_images[order[rows]].to(device, non_blocking=True)
+                images = take(data.train_images, order[rows], device)
                 loss, std = forward(images, sizes[epoch], [each.rows(rows) for each in draws])
                 optimizer.zero_grad(set_to_none=True)
                 scaler.scale(loss).backward()

@@ -18,7 +18,7 @@ import time
 from typing import NamedTuple
 
 from utils import augment, checkpoint, cli, device as devices, knn, report, run as runs
-from utils.data import DATASETS, Dataset, balanced_subset, load_dataset, options_in
+from utils.data import DATASETS, Dataset, balanced_subset, load_dataset, options_in, take
 import torch  # after utils, which sets OpenMP up
 import torch.nn.functional as F
 
@@ -136,21 +136,23 @@ def train_sgd(setup, run, position, test_features, stop):
             generator = augment.epoch_generator(args.seed, epoch, device)
             order = torch.randperm(size, generator=generator, device=device)
             draws = augment.draw_views(size, generator, *data.train_images.shape[2:], CROP_SCALE)
+            padded = F.pad(torch.arange(size, device=device), (0, -size % batch))  # one shape, one compilation
+            draws, beside = draws.rows(padded), order[padded].to(data.train_images.device)
             sums = torch.zeros(2, device=device)                # loss and correct predictions
-            for rows in torch.arange(size, device=device).split(batch):
+            for first in range(0, size, batch):
                 stop.check()
-                full = F.pad(rows, (0, batch - len(rows)))      # one shape, so one compilation
-                images = data.train_images[order[full].to(data.train_images.device)]
-                features = features_of(images.to(device, non_blocking=True), draws.rows(full))
+                rows = slice(first, first + batch)
+                images = take(data.train_images, beside[rows], device)
+                features = features_of(images, draws.rows(rows))
                 labels = data.train_labels[order[rows]]
-                logits = classifier(features[:len(rows)])       # [B, num_cls]
+                logits = classifier(features[:len(labels)])     # [B, num_cls]
                 loss = F.cross_entropy(logits, labels)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
                 correct = (logits.argmax(dim=1) == labels).sum()
                 sums += torch.stack((loss.detach() * len(labels), correct))
-                progress.update(len(rows) / size)
+                progress.update(len(labels) / size)
             loss, correct = (sums / size).tolist()
             tested = test(classifier, test_features, data.test_labels)
             run.log({"epoch": epoch + 1, "train_loss": loss, "train_top1": 100 * correct, **tested,

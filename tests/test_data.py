@@ -1,5 +1,6 @@
 """The data sets against torchvision's, and what the built-in shapes guarantee."""
 import hashlib
+import mmap
 import os
 import pickle
 import sys
@@ -14,7 +15,7 @@ from torchvision.transforms import functional
 
 import main as pretraining
 import main_lincls
-from utils import checkpoint, log
+from utils import checkpoint, data, log
 from utils.augment import MEAN, STD
 from utils.data import balanced_subset, hold_out, load_dataset
 from utils.shapes import draw_shapes
@@ -63,6 +64,43 @@ def test_images_without_labels_stay_in_the_training_split():
     assert rest.flatten().tolist()[10:] == list(range(40, 100)) and (rest_labels[10:] == -1).all()
     assert sorted(rest[:10, 0].tolist() + held[:, 0].tolist()) == list(range(40))
     assert torch.equal(held_labels, held[:, 0] % 4) and torch.equal(rest_labels[:10], rest[:10, 0] % 4)
+
+
+def test_rows_of_a_mapped_file_are_read_together_and_pinned_for_a_gpu(tmp_path, monkeypatch):
+    """The advice covers each row from the beginning of its first page."""
+    pictures, advice, moved = np.arange(50 * 3 * 40 * 40, dtype=np.uint8).reshape(50, 3, 40, 40), [], []
+    pictures.tofile(tmp_path / "file")
+    images = torch.from_numpy(np.memmap(tmp_path / "file", np.uint8, "r+", 0, pictures.shape))
+    rows = torch.tensor([7, 49, 0, 7])
+
+    class Library:
+        def madvise(self, start, length, kind):
+            advice.append((start.value, start.value + length.value, kind))
+
+    assert torch.equal(data.take(images, rows, torch.device("cpu")), torch.from_numpy(pictures)[rows])
+    monkeypatch.setattr(data.ctypes, "CDLL", lambda name: Library())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: moved.append("pinned") or tensor)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, **options: moved.append(str(device)) or tensor)
+    assert torch.equal(data.take(images, rows, torch.device("cuda")), torch.from_numpy(pictures)[rows])
+    assert moved == ["pinned", "cuda"] and len(advice) == 4
+    for row, (start, end, kind) in zip(rows.tolist(), advice):
+        first = images[row].data_ptr()
+        assert start % mmap.PAGESIZE == 0 and first - mmap.PAGESIZE < start <= first and kind == mmap.MADV_WILLNEED
+        assert end == first + 3 * 40 * 40
+    monkeypatch.delattr(mmap, "MADV_WILLNEED")  # Windows
+    assert torch.equal(data.take(images, rows, torch.device("cuda")), torch.from_numpy(pictures)[rows]) and len(advice) == 4
+
+
+@pytest.mark.parametrize("whole, kept", [(8e9, [True, False]), (80e9, [True, True])])
+def test_a_small_gpu_keeps_more_of_its_memory_for_training(monkeypatch, whole, kept):
+    """180 images of 3,072 bytes, with a little more than four, and than two, times their size free."""
+    moved = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, **options: moved.append((tensor.dim(), device)) or tensor)
+    for times in (4.1, 2.1):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (times * 180 * 3072, whole))
+        data.load_dataset("shapes", "", torch.device("cuda"), train_size=100, test_size=80)
+    homes = [device.type for dims, device in moved if dims == 4]
+    assert homes == [home for fits in kept for home in 2 * ["cuda" if fits else "cpu"]]
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10", "svhn"])

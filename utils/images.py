@@ -4,7 +4,6 @@ import functools
 import hashlib
 import json
 import math
-import mmap
 import os
 import warnings
 
@@ -85,14 +84,10 @@ def read_cache(path, source, skip_broken, new=False):
         if len(failures) < len(broken) and not new:
             return None
         try:
-            images = numpy.memmap(file, dtype, "r", HEADER, shape)
+            return numpy.memmap(file, dtype, "r", HEADER, shape), broken
         except OSError:  # some file systems, and limits of memory, do not allow that
             file.seek(HEADER)
             return numpy.fromfile(file, dtype, math.prod(shape)).reshape(shape), broken
-    if hasattr(mmap, "MADV_RANDOM"):  # not on Windows; batches are random rows
-        with contextlib.suppress(OSError):
-            images._mmap.madvise(mmap.MADV_RANDOM)
-    return images, broken
 
 
 def make_cache(path, source, skip_broken):
