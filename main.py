@@ -88,7 +88,7 @@ def set_up(parser, args, argv, began):
     setup = prepare(args, state is None)
     args, device, data, model, optimizer, scaler = setup
     order, draws = draw_epoch(args, 0, data.train_images, device)
-    distributed.require_same("images", [args.data_digest, order.tolist()])
+    distributed.require_same("images", args.data_digest, [order, draws])
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     run, position = runs.open_run(found, ["main.py", *argv], vars(args), device, parts, began)
     if run:

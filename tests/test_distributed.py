@@ -17,9 +17,10 @@ import torch.nn.functional as F
 import in_float64
 import main as pretraining
 from conftest import CPU_ONLY, REPO
+from simsiam.weights import flatten
 from test_main import assert_same_run, log_of
-from utils import augment, checkpoint, device, distributed
-from utils.augment import make_views
+from utils import augment, checkpoint, cli, device, distributed
+from utils.augment import draw_views, make_views
 
 SMALL = ("--dataset shapes --train_size 640 --test_size 100 --width 4 --dim 32 --pred_dim 16 --batch_size 32 "
          "--learning_rate 0.05 --precision fp32 --exp_dir experiments --trial").split()
@@ -208,11 +209,36 @@ def test_bad_input_is_one_line_of_one_process(here, args, words):
 
 def test_processes_that_draw_other_images_do_not_train(monkeypatch):
     monkeypatch.setattr(distributed, "processes", 2)
-    monkeypatch.setattr(distributed, "gather", lambda value: [value, [3, 2, 1]])
-    with pytest.raises(ValueError, match="the processes have different images"):
-        distributed.require_same("images", [1, 2, 3])
-    monkeypatch.setattr(distributed, "gather", lambda value: [value, value])
-    distributed.require_same("images", [1, 2, 3])
+    order, draws = torch.arange(9), [draw_views(9, torch.Generator().manual_seed(0))]
+    other = [draws[0]._replace(gray=~draws[0].gray)]
+    for words, tensors in (("b", [order, draws]), ("a", [order.flip(0), draws]), ("a", [order, other])):
+        monkeypatch.setattr(distributed, "gather", lambda value: [value, theirs])
+        theirs = [words, checkpoint.digest(dict(flatten(tensors)))]
+        with pytest.raises(ValueError, match="the processes have different images"):
+            distributed.require_same("images", "a", [order, draws])
+    theirs = ["a", checkpoint.digest(dict(flatten([order.clone(), draws])))]
+    distributed.require_same("images", "a", [order, draws])
+
+
+@pytest.mark.parametrize("at_once, words", [(True, "the processes cannot connect: "), (False, "lost another process: ")])
+def test_a_break_at_the_start_and_one_later_are_told_apart(monkeypatch, capsys, at_once, words):
+    ended = []
+
+    def breaks(*args, **options):
+        raise RuntimeError("[gloo/pair.cc:9] Connection refused. At host")
+
+    for module in (distributed, cli):
+        monkeypatch.setattr(module, "processes", 2)
+    monkeypatch.setattr(distributed, "rendezvous", lambda *args, **options: iter([(None, 0, 2)]))
+    monkeypatch.setattr(distributed.distributed, "destroy_process_group", lambda: ended.append(True))
+    monkeypatch.setattr(distributed.distributed, "init_process_group", breaks if at_once else lambda *args, **options: 0)
+    with pytest.raises(SystemExit, match="^1$"), distributed.joined():
+        breaks()
+    assert f"error: {words}Connection refused\n" in capsys.readouterr().err and not ended
+    if not at_once:
+        with pytest.raises(SystemExit, match="^2$"), distributed.joined():
+            sys.exit(2)
+        assert ended
 
 
 def test_synchronized_batch_norm_keeps_the_names(monkeypatch):
@@ -234,6 +260,14 @@ def test_synchronized_batch_norm_keeps_the_names(monkeypatch):
     assert torch.nn.SyncBatchNorm not in [type(module) for module in pretraining.build(args, cpu)[0].modules()]
     monkeypatch.setattr(device, "processes", 2)  # 17 images each: channels_last would corrupt memory
     assert device.memory_layout(cpu, 8, 34) == torch.contiguous_format
+
+
+def test_a_compiled_step_is_not_cut_for_ddp(monkeypatch):
+    monkeypatch.setattr(distributed, "processes", 2)
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda step: step)
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
+    step = distributed.average_gradients(torch.nn.Linear(2, 2), abs)
+    assert torch._dynamo.config.optimize_ddp is False and step(-3) == 3
 
 
 def test_a_request_to_stop_reaches_all_one_step_later(monkeypatch):

@@ -10,7 +10,8 @@ import torch
 from torch import distributed
 from torch.distributed.rendezvous import rendezvous
 
-from utils import cli
+from simsiam.weights import flatten
+from utils import checkpoint, cli
 from utils.cli import USER_ERRORS, processes, rank
 
 PATIENCE = datetime.timedelta(hours=2)  # of those that wait; torchrun ends them if another one dies
@@ -26,15 +27,21 @@ def joined():
     if os.environ.get("GROUP_WORLD_SIZE") == "1":  # a restart finds old keys (pytorch issue 135712)
         store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    problem = "the processes cannot connect"
     try:
         distributed.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=PATIENCE)
-        yield
+        problem = "lost another process"
+        try:
+            yield
+        except SystemExit:  # of all processes alike, after an error that they share
+            distributed.destroy_process_group()
+            raise
         distributed.destroy_process_group()
     except RuntimeError as error:
         if not cli.another_died(error):
             raise
         reason = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]  # without file names
-        sys.exit(cli.fail(os.path.basename(sys.argv[0]), f"lost another process: {reason}"))
+        sys.exit(cli.fail(os.path.basename(sys.argv[0]), f"{problem}: {reason}"))
 
 
 def gather(value):
@@ -87,10 +94,12 @@ def in_turns(function):
     return call
 
 
-def require_same(what, value):
-    """Raise ValueError, in all processes, unless the value is the same in all."""
-    if processes > 1 and any(theirs != value for theirs in gather(value)):
-        raise ValueError(f"the processes have different {what}: other files, or another kind of GPU?")
+def require_same(what, words, tensors):
+    """Raise ValueError, in all processes, unless words and tensors, in nested lists, are the same in all."""
+    if processes > 1:
+        mine = [words, checkpoint.digest(dict(flatten(tensors)))]
+        if any(theirs != mine for theirs in gather(mine)):
+            raise ValueError(f"the processes have different {what}: other files, or another kind of GPU?")
 
 
 def default_batch(count):
@@ -134,6 +143,7 @@ def average_gradients(model, function):
     if processes == 1:
         return function
     warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1x1 convolutions: same memory
+    torch._dynamo.config.optimize_ddp = False  # it would cut the compiled step into pieces
     step = torch.nn.parallel.DistributedDataParallel(Step(model, function))
     step.broadcast_buffers = False  # in each step; average_epoch does it when they are used
     step().backward()  # DDP orders its buckets by the first backward pass: the same when resumed
