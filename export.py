@@ -143,6 +143,7 @@ def measure(backbone, classifier, linear, recipe, args):
 def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is the same on any device
     with parser.user_errors(), cli.memory_errors("export.py", "use fewer or smaller images"):
         return {"features": export_features, "release": release, "check": check}[args.command](args)
 

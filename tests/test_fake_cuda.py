@@ -24,6 +24,7 @@ def autocast_available(monkeypatch):
     torch.compiler.reset()
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **options: True)
+    monkeypatch.setattr("utils.device.has_tensor_cores", lambda device: True)
 
 
 def fake_step(options, make_backbone):
@@ -46,7 +47,7 @@ class NoTransfer(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
         devices = {each.device for each in torch.utils._pytree.tree_leaves((args, kwargs, result))
-                   if torch.is_tensor(each) and each.dim()}
+                   if torch.is_tensor(each)}
         assert len(devices) <= 1, operation
         assert operation not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), operation
         return result

@@ -12,7 +12,7 @@ from conftest import SMALL
 from simsiam.resnet import Block, conv_bn
 from utils import checkpoint, log
 from utils.augment import apply_views
-from utils.device import compile_for, select_precision
+from utils.device import compile_for, memory_layout, select_precision
 
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -149,9 +149,15 @@ def test_the_precision_follows_the_device(monkeypatch, avx512, amx, used, expect
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: used)
     assert [select_precision(name, CPU) for name in ("auto", "bf16", "fp32")] == [expected, "bf16", "fp32"]
-    for capability, name in (((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp16")):
+    cuda = torch.device("cuda")
+    for capability, model, precision in (
+            ((9, 0), "H100", "bf16"), ((8, 0), "A100", "bf16"), ((7, 5), "Tesla T4", "fp16"), ((7, 0), "V100", "fp16"),
+            ((7, 5), "NVIDIA GeForce GTX 1660 Ti", "fp32"), ((6, 1), "GTX 1080", "fp32")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        assert select_precision("auto", torch.device("cuda")) == name
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: model)
+        assert select_precision("auto", cuda) == precision and select_precision("bf16", cuda) == "bf16"
+        layout = torch.contiguous_format if precision == "fp32" else torch.channels_last
+        assert memory_layout(cuda, 64, 512) == layout
 
 
 def test_what_is_compiled(monkeypatch, capsys):
@@ -168,6 +174,7 @@ def test_what_is_compiled(monkeypatch, capsys):
     ):
         function = compile_for(device, abs, choice, steps)
         assert function() is abs if compiled else function is abs
+        assert torch._dynamo.config.recompile_limit >= 50 or not compiled  # sizes of views
     monkeypatch.setattr(torch, "compile", broken)
     assert compile_for(cuda, abs, True, 1) is abs
     assert capsys.readouterr().err == "warning: torch.compile failed; running eager (slower): no Python.h\n"

@@ -77,20 +77,26 @@ def set_determinism(deterministic):
     """Make CUDA's results reproducible, or let it choose the fastest algorithms."""
     torch.backends.cudnn.benchmark = not deterministic
     torch.use_deterministic_algorithms(deterministic)
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def select_precision(name, device):
     """Resolve 'auto': bf16 on GPUs from compute capability 8.0 and CPUs that compute in it, else fp16
-    on GPUs and fp32 on CPUs. Raises ValueError for fp16 on the CPU."""
+    on GPUs with tensor cores, else fp32. Raises ValueError for fp16 on the CPU."""
     if name == "fp16" and device.type == "cpu":
         raise ValueError("--precision fp16 requires a CUDA GPU; on the CPU use fp32 or bf16")
     if name == "auto" and device.type == "cpu":
         return "bf16" if cpu_has_bf16() else "fp32"
+    if name == "auto" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return "bf16"
     if name == "auto":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+        return "fp16" if has_tensor_cores(device) else "fp32"
     return name
+
+
+def has_tensor_cores(device):
+    """Whether a GPU is faster in fp16 and channels_last: from compute capability 7.0, but for a GTX 16xx, on
+    which fp16 has given values that are not finite."""
+    return torch.cuda.get_device_capability(device) >= (7, 0) and "GTX 16" not in torch.cuda.get_device_name(device)
 
 
 def cpu_has_bf16():
@@ -105,12 +111,14 @@ def autocast(device, precision):
 
 
 def memory_layout(device, width, batch_size):
-    """The memory format for training, given the batch of all processes: channels_last, except where
-    torch's CPU kernels corrupt memory with it: in 2.14 and 2.15 the weight gradient of a 1x1
+    """The memory format for training, given the batch of all processes: channels_last, except on GPUs
+    without tensor cores, and where torch's CPU kernels corrupt memory with it: in 2.14 and 2.15 the weight gradient of a 1x1
     convolution with stride 2 and fewer channels than a vector register holds, 8 with AVX2 (any
     batch), 16 with AVX-512 (odd batches on several threads)."""
+    if device.type == "cuda":
+        return torch.channels_last if has_tensor_cores(device) else torch.contiguous_format
     least = 16 if batch_size // processes % 2 == 1 else 8
-    return torch.contiguous_format if device.type == "cpu" and width < least else torch.channels_last
+    return torch.contiguous_format if width < least else torch.channels_last
 
 
 def conv_as_matmul(x, weight, stride):
@@ -148,6 +156,7 @@ def compile_for(device, function, choice, steps):
     if not (device.type == "cuda" and steps >= COMPILE_STEPS if choice is None else choice):
         return function
     torch.compiler.reset()  # torch limits a function's compilations, over all runs in a process
+    torch._dynamo.config.recompile_limit = 100  # sizes of views; 8 if not set
     try:
         torch.compile(torch.neg)(torch.zeros(8, device=device))
     except Exception as error:  # of any type: no compiler, no Python.h, no Triton, an older GPU
