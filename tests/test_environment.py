@@ -73,6 +73,15 @@ def test_the_old_launcher_is_told_to_use_torchrun(refused, option):
         refused(main, [option, *SMALL], "torchrun")
 
 
+def test_cublas_can_be_reproducible_from_its_first_product():
+    """It reads the variable once; in a notebook an earlier run may have used it."""
+    code, name = "import utils, os; print(os.environ['{0}'])", "CUBLAS_WORKSPACE_CONFIG"
+    for given, found in (({}, ":4096:8"), ({name: ":16:8"}, ":16:8")):
+        environment = {key: value for key, value in os.environ.items() if key != name} | given
+        done = subprocess.run([sys.executable, "-c", code.format(name)], cwd=REPO, env=environment, capture_output=True)
+        assert done.stdout.decode() == f"{found}\n"
+
+
 def test_paths_are_expanded_in_every_option(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

@@ -40,7 +40,9 @@ def extract_features(backbone, images, autocast, mean=MEAN, std=STD, check=lambd
 
 def nearest(queries, bank, k):
     """Cosine similarities and indices [Q, k] of the k most similar rows of the bank [N, D] to queries [Q, D]."""
-    bank = F.normalize(bank, dim=1).T.contiguous()  # [D, N]
+    norms = bank.norm(dim=1).clamp(min=1e-12)
+    bank = bank.T.contiguous()  # [D, N]
+    bank /= norms  # in place: the one copy
     chunks = F.normalize(queries, dim=1).split(max(1, SIMILARITIES // bank.shape[1]))
     found = [(chunk @ bank).topk(k, dim=1) for chunk in chunks]
     return tuple(torch.cat(parts) for parts in zip(*found))
