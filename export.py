@@ -1,9 +1,12 @@
-"""Features for other tools, and weights to publish.
+"""Features for other tools, weights to publish, and predictions of a fine-tuned network.
 
     python export.py features --pretrained experiments/1/backbone.pt --output features.npz data
     python export.py release experiments/1 --linear experiments/2 --name simsiam_resnet18_cifar10
     python export.py check simsiam_resnet18_w16_cifar10
+    python export.py predict --model experiments/2/model.pt --images DIR --output predictions.csv
 """
+import collections
+import csv
 import datetime
 import hashlib
 import io
@@ -29,6 +32,11 @@ def make_parser():
     features = commands.add_parser("features", help="float32 features and labels, to .npz")
     release = commands.add_parser("release", help="weights/NAME.pt in fp16, classifier, NAME.json")
     check = commands.add_parser("check", help="measure the accuracies in NAME.json again")
+    predict = commands.add_parser("predict", help="classes of images by model.pt, to .csv")
+    predict.add_argument("--model", **path, required=True, help="of main_lincls.py --weights finetune")
+    predict.add_argument("--images", **path, required=True, help="folder of images, or one file")
+    predict.add_argument("--output", **path, required=True, help="new .csv file")
+    predict.add_argument("--skip_broken", action="store_true", help="skip images that cannot be read")
     features.add_argument("--pretrained", **path, required=True, help="checkpoint of the backbone")
     features.add_argument("--arch", choices=simsiam.ARCHS, default="resnet18", help="backbone")
     features.add_argument("--output", **path, required=True, help="new .npz file")
@@ -42,7 +50,7 @@ def make_parser():
     for command in (release, check):
         command.add_argument("--weights", **path, default="weights", help="folder of weights")
         command.add_argument("--data_root", **path, default="data", help="folder of the data")
-    for command in (features, release, check):
+    for command in (features, release, check, predict):
         cli.add_device_options(command)
         command.set_defaults(precision="fp32")  # comparable on any device
     return parser
@@ -74,6 +82,29 @@ def export_features(args):
     numpy.savez(content, classes=numpy.array(classes, dtype=str), **arrays)
     checkpoint.write(args.output, content.getbuffer())
     cli.say(f"{args.output}: {', '.join(f'{name} {[*array.shape]}' for name, array in arrays.items())}")
+
+
+def predict(args):
+    """The class of each image, and its probability, by a fine-tuned network, as CSV."""
+    if os.path.lexists(args.output):
+        raise ValueError(f"{args.output} exists")
+    device = devices.select_device(args.gpu)
+    autocast = devices.autocast(device, devices.select_precision(args.precision, device))
+    model = simsiam.load_model(args.model).to(device)
+    found, _ = list_images(args.images)
+    images, broken = load_images([file for file, _ in found], model.about["image_size"], args.skip_broken)
+    features = knn.extract_features(model[0], images, autocast, model.about["mean"], model.about["std"])
+    with torch.no_grad():
+        probabilities, predicted = model[1](features).softmax(dim=1).max(dim=1)
+    files = [file for i, (file, _) in enumerate(found) if i not in broken]
+    names = [model.about["classes"][number] for number in predicted.tolist()]
+    content = io.StringIO()
+    table = csv.writer(content, lineterminator="\n")
+    table.writerow(("file", "class", "probability"))
+    table.writerows(zip(files, names, (f"{value:.4f}" for value in probabilities.tolist())))
+    checkpoint.write(args.output, content.getvalue().encode(errors="surrogateescape"))
+    counts = collections.Counter(names).most_common()
+    cli.say(f"{args.output}: {len(files):,} images: {', '.join(f'{name} {count:,}' for name, count in counts[:20])}")
 
 
 def release(args):
@@ -145,7 +176,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     torch.backends.cudnn.allow_tf32 = False  # fp32 is the same on any device
     with parser.user_errors(), cli.memory_errors("export.py", "use fewer or smaller images"):
-        return {"features": export_features, "release": release, "check": check}[args.command](args)
+        commands = {"features": export_features, "release": release, "check": check, "predict": predict}
+        return commands[args.command](args)
 
 
 if __name__ == "__main__":

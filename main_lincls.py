@@ -28,6 +28,7 @@ LR_PER_256 = 30.0           # learning rate for a batch of 256; it scales linear
 MILESTONES = (0.6, 0.8)     # shares of the epochs after which it is divided by 10
 CROP_SCALE = (0.08, 1.0)    # torchvision's default for RandomResizedCrop
 LBFGS_WEIGHT_DECAY = 1e-4   # without any, L-BFGS does not converge
+FINETUNE = {"lr": 0.1, "lr_backbone": 0.02, "weight_decay": 5e-4}  # defaults, rates for a batch of 256
 
 
 def make_parser():
@@ -36,17 +37,25 @@ def make_parser():
     add("--num_cls", type=cli.whole_number(2), help="classes (default: the data set's)")
     add("--fraction", type=cli.fraction, default=1.0, help="share of the labels, drawn by --seed")
     backbone = parser.add_argument_group("backbone")
-    backbone.add_argument("--pretrained", type=cli.file_path, metavar="CHECKPOINT", help="required")
+    backbone.add_argument("--pretrained", type=cli.file_path, metavar="CHECKPOINT|none",
+                          help="required; none: random weights, of --arch and --width")
     backbone.add_argument("--arch", choices=simsiam.ARCHS, default="resnet18", help="backbone")
+    backbone.add_argument("--width", type=cli.whole_number(1), help="default: the checkpoint's, or 64")
+    backbone.add_argument("--weights", choices=("freeze", "finetune"), default="freeze",
+                          help="of the backbone: train the classifier alone, or both")
+    backbone.add_argument("--lr_backbone", type=cli.real_number,
+                          help="of --weights finetune (default: 0.02 * batch_size / 256)")
     cli.add_normalization(backbone, augment.MEAN, augment.STD)
     add = parser.add_argument_group("classifier", "SGD only: --epochs to --momentum.").add_argument
     add("--features", choices=("augmented", "cached"), default="augmented", help="SGD or L-BFGS")
-    add("--weight_decay", type=cli.real_number, help="default: 0 for SGD, 1e-4 for L-BFGS")
+    add("--weight_decay", type=cli.real_number,
+        help="default: 0 for SGD, 1e-4 for L-BFGS, 5e-4 for --weights finetune")
     add("--seed", type=cli.whole_number(0), default=0, help="random seed")
-    add("--evaluate", type=cli.file_path, metavar="CLASSIFIER", help="only test this classifier.pt")
+    add("--evaluate", type=cli.file_path, metavar="CLASSIFIER", help="only test this classifier.pt or model.pt")
     add("--epochs", type=cli.whole_number(1), default=100, help="number of epochs")
     add("--batch_size", type=cli.whole_number(1), default=256, help="images per step")
-    add("--lr", type=cli.real_number, help="learning rate (default: 30 * batch_size / 256)")
+    add("--lr", type=cli.real_number, help="of the classifier (default: 30 * batch_size / 256; "
+        "fine-tuning 0.1 * batch_size / 256)")
     add("--momentum", type=cli.real_number, default=0.9, help="momentum of SGD")
     cli.add_device_options(parser)
     cli.add_run_options(parser)
@@ -61,17 +70,30 @@ class Setup(NamedTuple):
     backbone: torch.nn.Module
     classifier: torch.nn.Linear
     optimizer: torch.optim.SGD  # for --features augmented
+    scaler: torch.amp.GradScaler
 
 
 def prepare(args):
     """Complete and check the settings, and make what they say."""
+    args.pretrained = args.pretrained or args.evaluate  # model.pt has a backbone
     if args.pretrained is None:
         raise ValueError("--pretrained CHECKPOINT is required: the backbone to evaluate")
+    finetune = args.weights == "finetune"
+    if finetune and (args.features == "cached" or args.evaluate):
+        raise ValueError("--weights finetune: trains on augmented images; omit --features cached, --evaluate")
+    if args.lr_backbone is not None and not finetune:
+        raise ValueError("--lr_backbone: the backbone is trained only by --weights finetune")
     device = devices.select_device(args.gpu)
     args.precision = devices.select_precision(args.precision, device)
-    backbone = simsiam.load_backbone(args.pretrained, args.arch, verbose=cli.info)
-    args.backbone = checkpoint.digest(backbone.state_dict())
-    options = options_in(vars(args), runs.inherited_options(args.pretrained))
+    if args.pretrained == "none":
+        torch.manual_seed(args.seed)
+        backbone, inherited = simsiam.ARCHS[args.arch](args.width or 64), {}
+    else:
+        backbone = simsiam.load_backbone(args.pretrained, args.arch, args.width, cli.info)
+        inherited = runs.inherited_options(args.pretrained)
+    args.backbone, args.width = checkpoint.digest(backbone.state_dict()), len(backbone.bn1.weight)
+    about = trained_about(args)
+    options = options_in(vars(args), inherited | {"image_size": about["image_size"]} if about else inherited)
     data = load_dataset(args.dataset, args.data_root, device, unlabeled=False, **options)
     if not data.has_classes:
         raise ValueError(f"--dataset {args.dataset}: no labels of several classes, or no test images")
@@ -79,20 +101,42 @@ def prepare(args):
     if args.num_cls not in (None, classes):
         raise ValueError(f"--num_cls {args.num_cls}: {args.dataset} has {classes} classes")
     args.num_cls = classes
-    if args.lr is None:
-        args.lr = LR_PER_256 * args.batch_size / 256
-    if args.weight_decay is None:
-        args.weight_decay = LBFGS_WEIGHT_DECAY if args.features == "cached" else 0.0
+    defaults = {"lr": LR_PER_256, "lr_backbone": 0.0, "weight_decay": 0.0}
+    if finetune:
+        defaults = FINETUNE
+    elif args.features == "cached":
+        defaults["weight_decay"] = LBFGS_WEIGHT_DECAY
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value if name == "weight_decay" else value * args.batch_size / 256)
     if args.features == "cached" and args.weight_decay == 0:
         raise ValueError("--weight_decay 0: without a penalty L-BFGS does not converge")
     if args.fraction < 1:
         rows = balanced_subset(data.train_labels, args.fraction, args.seed)
         images = data.train_images[rows.to(data.train_images.device)]
         data = data._replace(train_images=images, train_labels=data.train_labels[rows.to(device)])
+    if about and about["classes"] != data.classes:
+        raise ValueError(f"{args.evaluate}: trained on {len(about['classes'])} other classes, as {about['classes'][0]}")
     classifier = make_classifier(args, backbone.feature_dim).to(device)
-    optimizer = devices.sgd([[*classifier.parameters()]], args.lr, args.momentum, args.weight_decay)
-    backbone = backbone.requires_grad_(False).to(device, memory_format=torch.channels_last)
-    return Setup(args, device, data, devices.with_fast_convolutions(backbone), classifier, optimizer)
+    layout = torch.channels_last
+    if finetune:
+        layout = devices.memory_layout(device, args.width, args.batch_size)
+    backbone = backbone.requires_grad_(finetune).to(device, memory_format=layout)
+    groups = [[*classifier.parameters()], [*backbone.parameters()]]
+    optimizer = devices.sgd(groups[:1 + finetune], args.lr, args.momentum, args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=finetune and args.precision == "fp16")
+    return Setup(args, device, data, devices.with_fast_convolutions(backbone), classifier, optimizer, scaler)
+
+
+def trained_about(args):
+    """The `about` of --evaluate model.pt, of which the normalization is taken; None of a classifier.pt."""
+    content = simsiam.read_file(args.evaluate) if args.evaluate else {}
+    about = content.get("about")
+    if about:
+        args.mean, args.std = about["mean"], about["std"]
+        if args.image_size not in (None, about["image_size"]):
+            raise ValueError(f"--image_size {args.image_size}: {args.evaluate} takes {about['image_size']} pixels")
+    return about
 
 
 def make_classifier(args, feature_dim):
@@ -104,7 +148,8 @@ def make_classifier(args, feature_dim):
     if args.evaluate is None:
         return classifier
     try:
-        classifier.load_state_dict(simsiam.read_file(args.evaluate))
+        content = simsiam.read_file(args.evaluate)
+        classifier.load_state_dict(content.get("classifier", content))  # of model.pt, or classifier.pt
     except (ValueError, RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{args.evaluate} is no classifier of these features: {reason}") from error
@@ -114,27 +159,43 @@ def make_classifier(args, feature_dim):
     return classifier
 
 
-def train_sgd(setup, run, position, test_features, stop):
-    """--features augmented, MoCo's protocol: train the classifier from `position` to the last epoch.
-    Raises Stopped if a stop is requested: a resumed run repeats the unfinished epoch."""
-    args, device, data, backbone, classifier, optimizer = setup
-    autocast, size = devices.autocast(device, args.precision), len(data.train_images)
+def rates(args, epoch):
+    """The rates of the optimizer's groups in an epoch, counted from 0: MoCo's steps for the classifier of frozen
+    features; for fine-tuning a cosine, for classifier and backbone."""
+    if args.weights == "finetune":
+        return [rate * 0.5 * (1 + math.cos(math.pi * epoch / args.epochs)) for rate in (args.lr, args.lr_backbone)]
+    return [args.lr * 0.1 ** sum(epoch >= round(milestone * args.epochs) for milestone in MILESTONES)]
 
-    def features_of(images, draws):  # uint8 [B, 3, H, W] and their Draws -> float32 [B, feature_dim]
+
+def train_sgd(setup, run, position, stop):
+    """--features augmented: train the classifier from `position` to the last epoch, by MoCo's protocol, or
+    fine-tune the backbone too. Returns the test features, None if no epoch was left. Raises Stopped if a stop
+    is requested: a resumed run repeats the unfinished epoch."""
+    args, device, data, backbone, classifier, optimizer, scaler = setup
+    autocast, size = devices.autocast(device, args.precision), len(data.train_images)
+    finetune, steps, test_features = args.weights == "finetune", math.ceil(size / args.batch_size), None
+    layout, batch = torch.channels_last, min(args.batch_size, size)
+    if finetune:  # equal batches: a small one would have other batch statistics
+        layout, batch = devices.memory_layout(device, args.width, args.batch_size), size // steps
+        size = steps * batch
+    elif position.epoch < args.epochs:
+        test_features = features_of(setup, data.test_images, stop)
+
+    def forward(images, draws):  # uint8 [B, 3, H, W] and their Draws -> float32 [B, feature_dim]
         views = augment.crop_flip(images, draws, args.image_size)
         views = augment.normalize(views, args.mean, args.std)
-        with torch.no_grad(), autocast():
-            return backbone(views.contiguous(memory_format=torch.channels_last)).float()
+        with torch.set_grad_enabled(finetune), autocast():
+            return backbone(views.contiguous(memory_format=layout)).float()
 
-    batch = min(args.batch_size, size)
-    features_of = devices.compile_for(device, features_of, None, args.epochs * math.ceil(size / batch))
+    forward = devices.compile_for(device, forward, None, args.epochs * steps)
     with cli.progress_bar(args.epochs, position.epoch) as progress:
         for epoch in range(position.epoch, args.epochs):
-            decays = sum(epoch >= round(milestone * args.epochs) for milestone in MILESTONES)
-            optimizer.param_groups[0]["lr"] = args.lr * 0.1 ** decays
+            for group, rate in zip(optimizer.param_groups, rates(args, epoch)):
+                group["lr"] = rate
+            backbone.train(finetune)
             start = time.perf_counter()
             generator = augment.epoch_generator(args.seed, epoch, device)
-            order = torch.randperm(size, generator=generator, device=device)
+            order = torch.randperm(len(data.train_images), generator=generator, device=device)[:size]
             draws = augment.draw_views(size, generator, *data.train_images.shape[2:], CROP_SCALE)
             padded = F.pad(torch.arange(size, device=device), (0, -size % batch))  # one shape, one compilation
             draws, beside = draws.rows(padded), order[padded].to(data.train_images.device)
@@ -143,26 +204,31 @@ def train_sgd(setup, run, position, test_features, stop):
                 stop.check()
                 rows = slice(first, first + batch)
                 images = take(data.train_images, beside[rows], device)
-                features = features_of(images, draws.rows(rows))
+                features = forward(images, draws.rows(rows))
                 labels = data.train_labels[order[rows]]
                 logits = classifier(features[:len(labels)])     # [B, num_cls]
                 loss = F.cross_entropy(logits, labels)
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
                 correct = (logits.argmax(dim=1) == labels).sum()
                 sums += torch.stack((loss.detach() * len(labels), correct))
                 progress.update(len(labels) / size)
             loss, correct = (sums / size).tolist()
-            tested = test(classifier, test_features, data.test_labels)
+            seconds, tested, summary = time.perf_counter() - start, {}, f"loss {loss:.3f}"
+            if finetune and epoch + 1 == args.epochs:
+                test_features = features_of(setup, data.test_images, stop)
+            if test_features is not None:
+                tested = test(classifier, test_features, data.test_labels)
+                summary += f", test top-1 {tested['test_top1']:.2f} %"
             run.log({"epoch": epoch + 1, "train_loss": loss, "train_top1": 100 * correct, **tested,
-                     "lr": optimizer.param_groups[0]["lr"],
-                     "seconds": round(time.perf_counter() - start, 3)})
+                     "lr": optimizer.param_groups[0]["lr"], "seconds": round(seconds, 3)})
             if not math.isfinite(loss):
-                return
-            summary = f"loss {loss:.3f}, test top-1 {tested['test_top1']:.2f} %"
+                break
             cli.show_epoch(progress, epoch + 1, summary, epoch + 1 == args.epochs)
             run.save(runs.Position(epoch + 1))
+    return test_features
 
 
 def fit_lbfgs(classifier, features, labels, weight_decay, check=lambda: None):
@@ -206,49 +272,62 @@ def test(classifier, features, labels):
     return {f"test_top{k}": knn.top_k(logits, labels, k) for k in (1, 5) if k < logits.shape[1]}
 
 
+def features_of(setup, images, stop):
+    """The backbone's features of images as they are, float32 [N, feature_dim]."""
+    args, autocast = setup.args, devices.autocast(setup.device, setup.args.precision)
+    return knn.extract_features(setup.backbone, images, autocast, args.mean, args.std, check=stop.check)
+
+
 def evaluate(setup, run, position, stop):
-    """Train and test the classifier on the frozen backbone's features. Returns the exit code."""
-    args, device, data, backbone, classifier, _ = setup
+    """Train and test the classifier, on the frozen backbone's features or with the backbone. Returns the exit
+    code."""
+    args, data, backbone, classifier = setup.args, setup.data, setup.backbone, setup.classifier
     frozen = {name: value.clone() for name, value in backbone.state_dict().items()}
-
-    def features_of(images):
-        autocast = devices.autocast(device, args.precision)
-        return knn.extract_features(backbone, images, autocast, args.mean, args.std, check=stop.check)
-
+    test_features = None
     try:
-        test_features = features_of(data.test_images)
+        if args.evaluate is None and args.features == "augmented":
+            test_features = train_sgd(setup, run, position, stop)
+        if test_features is None:
+            test_features = features_of(setup, data.test_images, stop)
         if args.evaluate is None and args.features == "cached":
-            features, labels = features_of(data.train_images), data.train_labels
+            features, labels = features_of(setup, data.train_images, stop), data.train_labels
             loss, iterations = fit_lbfgs(classifier, features, labels, args.weight_decay, stop.check)
             run.log({"epoch": iterations, "train_loss": loss,
                      "train_top1": test(classifier, features, labels)["test_top1"],
                      **test(classifier, test_features, data.test_labels)})
-        elif args.evaluate is None:
-            train_sgd(setup, run, position, test_features, stop)
     except cli.Stopped:
         return run.exit_code("main_lincls.py", stop, finished=False)
     finite = [math.isfinite(record["train_loss"]) for record in run.records]
-    if not all(finite) or not all(value.isfinite().all() for value in classifier.parameters()):
+    weights = [*classifier.parameters(), *backbone.state_dict().values()]
+    if not all(finite) or not all(value.isfinite().all() for value in weights):
         return cli.fail("main_lincls.py", "the loss or the weights are not finite; lower --lr")
     for name, value in backbone.state_dict().items():
-        assert torch.equal(value, frozen[name]), f"the frozen backbone changed: {name}"
+        unchanged = args.weights == "finetune" or torch.equal(value, frozen[name])
+        assert unchanged, f"the frozen backbone changed: {name}"
     finish(setup, run, test_features)
     return run.exit_code("main_lincls.py", stop, finished=True)
 
 
 def finish(setup, run, test_features):
-    """Print the result; write results.json, the classifier and the plots."""
-    args, data, classifier = setup.args, setup.data, setup.classifier
+    """Print the result; write results.json, the classifier or the whole network, and the plots."""
+    args, data, classifier, backbone = setup.args, setup.data, setup.classifier, setup.backbone
     results = {"images": len(data.test_images), **test(classifier, test_features, data.test_labels)}
-    how, split = "", "test" if args.validation is None else "validation"
+    how, split, what = "", "test" if args.validation is None else "validation", "linear"
     if args.evaluate is None:
         results |= run.records[-1]
         how = "L-BFGS, " if args.features == "cached" else f"epoch {args.epochs}, "
+        weights = {name: value.cpu() for name, value in classifier.state_dict().items()}
         with run.attempt():
-            weights = {name: value.cpu() for name, value in classifier.state_dict().items()}
-            checkpoint.save(run.path("classifier.pt"), weights)
-    cli.say(f"linear top-1: {results['test_top1']:.2f} % ({how}{results['images']:,} {split} images)")
-    if args.evaluate is None and args.features == "augmented":
+            if args.weights == "freeze":
+                checkpoint.save(run.path("classifier.pt"), weights)
+            else:
+                what = "fine-tuned"
+                about = {"classes": data.classes, "image_size": args.image_size, "mean": args.mean, "std": args.std}
+                network = {name: value.cpu().contiguous() for name, value in backbone.state_dict().items()}
+                checkpoint.save(run.path("model.pt"), {
+                    "arch": args.arch, "backbone": network, "classifier": weights, "about": about})
+    cli.say(f"{what} top-1: {results['test_top1']:.2f} % ({how}{results['images']:,} {split} images)")
+    if args.evaluate is None and args.features == "augmented" and args.weights == "freeze":
         best = max(run.records, key=lambda record: record["test_top1"])
         results |= {"best_epoch": best["epoch"], "best_top1": best["test_top1"]}
         cli.say(f"best epoch ({best['epoch']}): {best['test_top1']:.2f} %, selected on the {split} "
@@ -260,7 +339,8 @@ def finish(setup, run, test_features):
     balanced = statistics.fmean(value for value in of_classes.values() if value is not None)
     if len({*labels.bincount(minlength=args.num_cls).tolist()}) > 1:
         cli.say(f"balanced accuracy, the mean over classes: {balanced:.2f} %")
-    results |= {"backbone": args.backbone, "balanced_accuracy": balanced, "class_top1": of_classes}
+    digest = checkpoint.digest(backbone.state_dict())
+    results |= {"backbone": digest, "balanced_accuracy": balanced, "class_top1": of_classes}
     if args.num_cls <= knn.CONFUSION_CLASSES:
         results["confusion"] = knn.confusion_matrix(predicted, labels, args.num_cls).tolist()
     if run.unsaved is None:
@@ -280,6 +360,8 @@ def main(argv=None):
                 args = runs.resumed_args(parser, argv, found[1]["config"])
             setup, command = prepare(args), ["main_lincls.py", *argv]
             parts = {"classifier": setup.classifier, "optimizer": setup.optimizer}
+            if args.weights == "finetune":
+                parts |= {"network": setup.backbone, "scaler": setup.scaler}
             run, position = runs.open_run(found, command, vars(args), setup.device, parts, began)
         with run, cli.StopRequest(args.max_minutes, began) as stop:
             if found[1] is not None and os.path.exists(run.path(runs.RESULTS)):

@@ -55,6 +55,21 @@ def load_backbone(source, arch="resnet18", width=None, verbose=True):
     return backbone.eval()
 
 
+def load_model(path):
+    """Load model.pt, a network that main_lincls.py has fine-tuned, in eval mode: normalized images
+    [B, 3, H, W] -> logits [B, classes]. Its attribute `about` has classes, image_size, mean and std; [0] is
+    the backbone, [1] the classifier. Raises what `read_file` raises, and ValueError for another file."""
+    content = read_file(path)
+    if not {"arch", "backbone", "classifier", "about"} <= set(content):
+        raise ValueError(f"{path}: not a model.pt of main_lincls.py --weights finetune")
+    backbone = load_backbone(content, content["arch"], verbose=False)
+    classifier = torch.nn.Linear(backbone.feature_dim, len(content["about"]["classes"]))
+    classifier.load_state_dict(content["classifier"])
+    model = torch.nn.Sequential(backbone, classifier)
+    model.about = content["about"]
+    return model.eval()
+
+
 def read_file(path):
     """The content of a file of torch.save, or of safetensors if installed; code in it never runs.
     Raises OSError, and ValueError in one line if it is no checkpoint, is damaged, or needs code."""

@@ -1,0 +1,122 @@
+"""main_lincls.py --weights finetune against a written-out form, and what is done with the network: model.pt."""
+import csv
+import math
+import os
+import signal
+
+import pytest
+import torch
+from torchvision.transforms.functional import to_pil_image
+
+import export
+import main_lincls
+import simsiam
+from conftest import before_calls
+from test_main_lincls import results
+from utils import checkpoint, log
+from utils.augment import crop_flip, draw_views, epoch_generator, normalize
+
+OPTIONS = ("--weights", "finetune", "--epochs", 4, "--batch_size", 50, "--lr", 0.5, "--lr_backbone", 0.05,
+           "--precision", "fp32", "--seed", 3)
+
+
+@pytest.fixture
+def model(run_lincls, no_gpu, capsys):
+    """The path of a fine-tuned network."""
+    assert run_lincls(*OPTIONS, "--trial", "fine") == 0
+    assert f"fine-tuned top-1: {results('fine')['test_top1']:.2f} % (epoch 4, 100 test images)" in capsys.readouterr().out
+    return "experiments/fine/model.pt"
+
+
+def parameters(path):
+    return dict(simsiam.load_model(path).state_dict())
+
+
+def test_it_is_the_written_out_training(model, finished_run, shapes):
+    """Twelve steps: backbone in train mode and classifier, each with its rate along a cosine, on equal batches."""
+    images, labels = shapes.train_images[:128], shapes.train_labels[:128]
+    backbone = simsiam.load_backbone(os.path.join(finished_run, "backbone.pt"), verbose=False).train()
+    torch.manual_seed(3)
+    classifier = torch.nn.Linear(32, 10)
+    torch.nn.init.normal_(classifier.weight, std=0.01)
+    torch.nn.init.zeros_(classifier.bias)
+    optimizer = torch.optim.SGD([{"params": classifier.parameters()}, {"params": backbone.parameters()}], 1.0, 0.9,
+                                weight_decay=5e-4, foreach=False)
+    for epoch in range(4):
+        for group, rate in zip(optimizer.param_groups, (0.5, 0.05)):
+            group["lr"] = rate * (1 + math.cos(math.pi * epoch / 4)) / 2
+        generator = epoch_generator(3, epoch, torch.device("cpu"))
+        order = torch.randperm(128, generator=generator)[:126]
+        views = normalize(crop_flip(images[order], draw_views(126, generator, scale=(0.08, 1.0))))
+        for rows in torch.arange(126).split(42):
+            loss = torch.nn.functional.cross_entropy(classifier(backbone(views[rows])), labels[order[rows]])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    expected = torch.nn.Sequential(backbone, classifier).state_dict()
+    torch.testing.assert_close(parameters(model), dict(expected), rtol=1e-2, atol=1e-3)
+    records = log.read("experiments/fine")
+    assert [record["lr"] for record in records] == pytest.approx([0.5, 0.4268, 0.25, 0.0732], abs=1e-4)
+    assert ["test_top1" in record for record in records] == [False, False, False, True]
+    assert "best_top1" not in results("fine") and not os.path.exists("experiments/fine/classifier.pt")
+
+
+def test_an_interrupted_one_resumes_exactly(model, run_lincls):
+    with before_calls([8], torch.optim.SGD, "step", lambda: signal.raise_signal(signal.SIGTERM)):
+        assert run_lincls(*OPTIONS, "--trial", "stopped") == 128 + signal.SIGTERM
+    assert run_lincls(*OPTIONS, "--trial", "stopped", "--resume", "auto") == 0
+    whole, stopped = parameters(model), parameters("experiments/stopped/model.pt")
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+    assert results("fine") == results("stopped")
+
+
+def test_the_network_is_tested_and_predicts_as_it_was_evaluated(model, run_lincls, shapes, capsys):
+    network, found = simsiam.load_model(model), results("fine")
+    assert main_lincls.main("--dataset shapes --train_size 128 --test_size 100 --precision fp32 --trial again --evaluate "
+                            f"{model}".split()) == 0
+    assert all(results("again")[name] == found[name] for name in ("test_top1", "class_top1", "confusion", "backbone"))
+    assert "other features" not in capsys.readouterr().err
+    os.makedirs("pictures/of things")
+    for i, image in enumerate(shapes.test_images[:100]):
+        to_pil_image(image).save(f"pictures/of things/{i:03}.png")
+    export.main(f"predict --model {model} --images pictures --output found.csv".split())
+    with open("found.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    with torch.no_grad():
+        probabilities, predicted = network(normalize(shapes.test_images[:100])).softmax(dim=1).max(dim=1)
+    assert header == ["file", "class", "probability"] and rows[7][0] == "pictures/of things/007.png"
+    assert [name for _, name, _ in rows] == [network.about["classes"][number] for number in predicted]
+    assert [float(value) for *_, value in rows] == pytest.approx(probabilities.tolist(), abs=1e-3)
+    right = [name == shapes.classes[label] for (_, name, _), label in zip(rows, shapes.test_labels)]
+    assert sum(right) == found["test_top1"]
+    backbone, images = simsiam.load_backbone(model, verbose=False), normalize(shapes.test_images[:2])
+    assert torch.equal(backbone(images), network[0](images)) and network.about["image_size"] == 32
+    export.main(["predict", "--model", model, "--images", "pictures/of things/007.png", "--output", "one.csv"])
+    with open("one.csv") as file:
+        assert file.read().splitlines()[1].split(",")[1] == rows[7][1]
+
+
+def test_from_scratch_is_the_same_network_from_random_weights(run_lincls, no_gpu):
+    for trial, seed in (("a", 0), ("b", 0), ("c", 1)):
+        options = ("--pretrained", "none", "--width", 8, "--seed", seed, "--epochs", 1, "--precision", "fp32")
+        assert run_lincls(*options, "--weights", "finetune", "--trial", trial) == 0
+    a, b, c = (parameters(f"experiments/{trial}/model.pt") for trial in "abc")
+    assert a["0.conv1.weight"].shape[0] == 8 and not torch.equal(a["0.conv1.weight"], c["0.conv1.weight"])
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert run_lincls("--pretrained", "none", "--width", 8, "--features", "cached", "--trial", "probe") == 0
+
+
+def test_what_does_not_fit_is_one_line(model, finished_run, refused, shapes):
+    data = "--dataset shapes --train_size 128 --test_size 100 --precision fp32"
+    refused(main_lincls.main, f"{data} --evaluate {model} --image_size 16".split(), "--image_size 16", "32 pixels")
+    refused(main_lincls.main, f"{data} --pretrained none --weights finetune --features cached".split(), "--features cached")
+    refused(main_lincls.main, f"{data} --pretrained none --lr_backbone 1".split(), "--lr_backbone", "finetune")
+    refused(main_lincls.main, f"{data} --evaluate {model} --weights finetune".split(), "--evaluate")
+    os.makedirs("empty")
+    refused(export.main, f"predict --model {model} --images empty --output x.csv".split(), "empty")
+    refused(export.main, f"predict --model {finished_run}/backbone.pt --images empty --output x.csv".split(), "model.pt")
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            os.makedirs(f"DIR/{split}/{name}")
+            to_pil_image(shapes.test_images[0]).save(f"DIR/{split}/{name}/0.png")
+    refused(main_lincls.main, f"--dataset folder --evaluate {model} DIR".split(), model, "10 other classes")
