@@ -5,7 +5,6 @@
     python export.py check simsiam_resnet18_w16_cifar10
     python export.py predict --model experiments/2/model.pt --images DIR --output predictions.csv
 """
-import collections
 import csv
 import datetime
 import hashlib
@@ -103,8 +102,7 @@ def predict(args):
     table.writerow(("file", "class", "probability"))
     table.writerows(zip(files, names, (f"{value:.4f}" for value in probabilities.tolist())))
     checkpoint.write(args.output, content.getvalue().encode(errors="surrogateescape"))
-    counts = collections.Counter(names).most_common()
-    cli.say(f"{args.output}: {len(files):,} images: {', '.join(f'{name} {count:,}' for name, count in counts[:20])}")
+    cli.say(f"{args.output}: {len(files):,} images")
 
 
 def release(args):

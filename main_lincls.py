@@ -101,7 +101,7 @@ def prepare(args):
     if args.num_cls not in (None, classes):
         raise ValueError(f"--num_cls {args.num_cls}: {args.dataset} has {classes} classes")
     args.num_cls = classes
-    defaults = {"lr": LR_PER_256, "lr_backbone": 0.0, "weight_decay": 0.0}
+    defaults = {"lr": LR_PER_256, "weight_decay": 0.0}
     if finetune:
         defaults = FINETUNE
     elif args.features == "cached":
@@ -118,25 +118,37 @@ def prepare(args):
     if about and about["classes"] != data.classes:
         raise ValueError(f"{args.evaluate}: trained on {len(about['classes'])} other classes, as {about['classes'][0]}")
     classifier = make_classifier(args, backbone.feature_dim).to(device)
-    layout = torch.channels_last
-    if finetune:
-        layout = devices.memory_layout(device, args.width, args.batch_size)
-    backbone = backbone.requires_grad_(finetune).to(device, memory_format=layout)
+    backbone = backbone.requires_grad_(finetune).to(device, memory_format=memory_layout(args, device))
     groups = [[*classifier.parameters()], [*backbone.parameters()]]
     optimizer = devices.sgd(groups[:1 + finetune], args.lr, args.momentum, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=finetune and args.precision == "fp16")
     return Setup(args, device, data, devices.with_fast_convolutions(backbone), classifier, optimizer, scaler)
 
 
+def memory_layout(args, device):
+    """The memory format of the backbone: where it is not trained, channels_last has no traps."""
+    if args.weights == "freeze":
+        return torch.channels_last
+    return devices.memory_layout(device, args.width, args.batch_size)
+
+
 def trained_about(args):
     """The `about` of --evaluate model.pt, of which the normalization is taken; None of a classifier.pt."""
-    content = simsiam.read_file(args.evaluate) if args.evaluate else {}
+    content = read_classifier(args.evaluate) if args.evaluate else {}
     about = content.get("about")
     if about:
         args.mean, args.std = about["mean"], about["std"]
         if args.image_size not in (None, about["image_size"]):
             raise ValueError(f"--image_size {args.image_size}: {args.evaluate} takes {about['image_size']} pixels")
     return about
+
+
+def read_classifier(path):
+    """The content of classifier.pt or model.pt, a dict. Raises OSError, and ValueError for another file."""
+    try:
+        return dict(simsiam.read_file(path))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no classifier: {error}") from error
 
 
 def make_classifier(args, feature_dim):
@@ -148,7 +160,7 @@ def make_classifier(args, feature_dim):
     if args.evaluate is None:
         return classifier
     try:
-        content = simsiam.read_file(args.evaluate)
+        content = read_classifier(args.evaluate)
         classifier.load_state_dict(content.get("classifier", content))  # of model.pt, or classifier.pt
     except (ValueError, RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -167,6 +179,12 @@ def rates(args, epoch):
     return [args.lr * 0.1 ** sum(epoch >= round(milestone * args.epochs) for milestone in MILESTONES)]
 
 
+def summary(record):
+    """The metrics of an epoch in words, to stand beside a bar."""
+    words = "loss {train_loss:.3f}, training top-1 {train_top1:.2f} %".format(**record)
+    return words + (", test top-1 {test_top1:.2f} %".format(**record) if "test_top1" in record else "")
+
+
 def train_sgd(setup, run, position, stop):
     """--features augmented: train the classifier from `position` to the last epoch, by MoCo's protocol, or
     fine-tune the backbone too. Returns the test features, None if no epoch was left. Raises Stopped if a stop
@@ -174,9 +192,9 @@ def train_sgd(setup, run, position, stop):
     args, device, data, backbone, classifier, optimizer, scaler = setup
     autocast, size = devices.autocast(device, args.precision), len(data.train_images)
     finetune, steps, test_features = args.weights == "finetune", math.ceil(size / args.batch_size), None
-    layout, batch = torch.channels_last, min(args.batch_size, size)
+    layout, batch = memory_layout(args, device), min(args.batch_size, size)
     if finetune:  # equal batches: a small one would have other batch statistics
-        layout, batch = devices.memory_layout(device, args.width, args.batch_size), size // steps
+        batch = size // steps
         size = steps * batch
     elif position.epoch < args.epochs:
         test_features = features_of(setup, data.test_images, stop)
@@ -216,17 +234,16 @@ def train_sgd(setup, run, position, stop):
                 sums += torch.stack((loss.detach() * len(labels), correct))
                 progress.update(len(labels) / size)
             loss, correct = (sums / size).tolist()
-            seconds, tested, summary = time.perf_counter() - start, {}, f"loss {loss:.3f}"
+            record = {"epoch": epoch + 1, "train_loss": loss, "train_top1": 100 * correct,
+                      "lr": optimizer.param_groups[0]["lr"], "seconds": round(time.perf_counter() - start, 3)}
             if finetune and epoch + 1 == args.epochs:
                 test_features = features_of(setup, data.test_images, stop)
             if test_features is not None:
-                tested = test(classifier, test_features, data.test_labels)
-                summary += f", test top-1 {tested['test_top1']:.2f} %"
-            run.log({"epoch": epoch + 1, "train_loss": loss, "train_top1": 100 * correct, **tested,
-                     "lr": optimizer.param_groups[0]["lr"], "seconds": round(seconds, 3)})
+                record |= test(classifier, test_features, data.test_labels)
+            run.log(record)
             if not math.isfinite(loss):
                 break
-            cli.show_epoch(progress, epoch + 1, summary, epoch + 1 == args.epochs)
+            cli.show_epoch(progress, epoch + 1, summary(record), epoch + 1 == args.epochs)
             run.save(runs.Position(epoch + 1))
     return test_features
 

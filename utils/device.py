@@ -112,9 +112,9 @@ def autocast(device, precision):
 
 def memory_layout(device, width, batch_size):
     """The memory format for training, given the batch of all processes: channels_last, except on GPUs
-    without tensor cores, and where torch's CPU kernels corrupt memory with it: in 2.14 and 2.15 the weight gradient of a 1x1
-    convolution with stride 2 and fewer channels than a vector register holds, 8 with AVX2 (any
-    batch), 16 with AVX-512 (odd batches on several threads)."""
+    without tensor cores, and where torch's CPU kernels corrupt memory with it: in 2.14 and 2.15 the
+    weight gradient of a 1x1 convolution with stride 2 and fewer channels than a vector register holds,
+    8 with AVX2 (any batch), 16 with AVX-512 (odd batches on several threads)."""
     if device.type == "cuda":
         return torch.channels_last if has_tensor_cores(device) else torch.contiguous_format
     least = 16 if batch_size // processes % 2 == 1 else 8
