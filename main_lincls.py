@@ -296,8 +296,7 @@ def features_of(setup, images, stop):
 
 
 def evaluate(setup, run, position, stop):
-    """Train and test the classifier, on the frozen backbone's features or with the backbone. Returns the exit
-    code."""
+    """Train and test the classifier, on frozen features or with the backbone. Returns the exit code."""
     args, data, backbone, classifier = setup.args, setup.data, setup.backbone, setup.classifier
     frozen = {name: value.clone() for name, value in backbone.state_dict().items()}
     test_features = None

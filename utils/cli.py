@@ -165,8 +165,7 @@ def add_device_options(parser):
     group.add_argument("--gpu", type=gpu_index, metavar="N|none",
                        help="CUDA GPU, or the CPU (default: the first GPU that computes, else the CPU)")
     group.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
-                       help="auto: bf16 if supported, else fp16 (GPUs from "
-                       "2017) or fp32; convolutions of fp32 in training are TF32 on newer GPUs")
+                       help="auto: bf16, else fp16 (GPUs), where it is fast; fp32 trains with TF32 convolutions")
     return group
 
 

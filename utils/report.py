@@ -20,7 +20,7 @@ CAPTIONS = {  # in the order of the page
     "std": "std of the l2-normalized outputs z, times √d: near 1 is healthy, near 0 collapsed.",
     "effective-rank": "Effective rank of the features: dimensions in use, a few in a collapse.",
     "views": "Images with the outlines of their crops, and below them their views.",
-    "confusion": "Confusion of classes by the linear classifier.",
+    "confusion": "Confusion of classes by the classifier.",
     "neighbors": "Test images and the most similar training images; orange: of another class.",
     "map": "The test features in two dimensions.",
     "knn-confusion": "Confusion of classes by kNN.",
@@ -75,7 +75,8 @@ def draw_run(folder):
             content = base64.b64encode(path.read_bytes()).decode()
             plots += f'<figure><img alt="{name}" src="data:image/png;base64,{content}">'
             plots += f"<figcaption>{caption}</figcaption></figure>"
-    kind = "linear evaluation" if "pretrained" in settings else "SimSiam pre-training"
+    kinds = {"freeze": "linear evaluation", "finetune": "fine-tuning", None: "SimSiam pre-training"}
+    kind = kinds[settings.get("weights", "freeze" if "pretrained" in settings else None)]
     about = f"{kind}, {settings['arch']}, {settings['dataset']}, {device}"
     content = pathlib.Path(__file__).with_suffix(".html").read_text(encoding="utf-8").format(
         title=html.escape(os.path.basename(os.path.abspath(folder))), about=html.escape(about),
