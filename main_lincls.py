@@ -186,9 +186,8 @@ def summary(record):
 
 
 def train_sgd(setup, run, position, stop):
-    """--features augmented: train the classifier from `position` to the last epoch, by MoCo's protocol, or
-    fine-tune the backbone too. Returns the test features, None if no epoch was left. Raises Stopped if a stop
-    is requested: a resumed run repeats the unfinished epoch."""
+    """--features augmented: train the classifier by MoCo's protocol, or fine-tune the backbone too, from
+    `position` on. Returns the test features, None if no epoch was left. Raises Stopped if asked to stop."""
     args, device, data, backbone, classifier, optimizer, scaler = setup
     autocast, size = devices.autocast(device, args.precision), len(data.train_images)
     finetune, steps, test_features = args.weights == "finetune", math.ceil(size / args.batch_size), None
