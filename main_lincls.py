@@ -92,8 +92,9 @@ def prepare(args):
         backbone = simsiam.load_backbone(args.pretrained, args.arch, args.width, cli.info)
         inherited = runs.inherited_options(args.pretrained)
     args.backbone, args.width = checkpoint.digest(backbone.state_dict()), len(backbone.bn1.weight)
-    about = trained_about(args)
-    options = options_in(vars(args), inherited | {"image_size": about["image_size"]} if about else inherited)
+    trained = read_trained(args)
+    about = trained.get("about", {})
+    options = options_in(vars(args), inherited | about)
     data = load_dataset(args.dataset, args.data_root, device, unlabeled=False, **options)
     if not data.has_classes:
         raise ValueError(f"--dataset {args.dataset}: no labels of several classes, or no test images")
@@ -117,7 +118,7 @@ def prepare(args):
         data = data._replace(train_images=images, train_labels=data.train_labels[rows.to(device)])
     if about and about["classes"] != data.classes:
         raise ValueError(f"{args.evaluate}: trained on {len(about['classes'])} other classes, as {about['classes'][0]}")
-    classifier = make_classifier(args, backbone.feature_dim).to(device)
+    classifier = make_classifier(args, backbone.feature_dim, trained).to(device)
     backbone = backbone.requires_grad_(finetune).to(device, memory_format=memory_layout(args, device))
     groups = [[*classifier.parameters()], [*backbone.parameters()]]
     optimizer = devices.sgd(groups[:1 + finetune], args.lr, args.momentum, args.weight_decay)
@@ -132,37 +133,33 @@ def memory_layout(args, device):
     return devices.memory_layout(device, args.width, args.batch_size)
 
 
-def trained_about(args):
-    """The `about` of --evaluate model.pt, of which the normalization is taken; None of a classifier.pt."""
-    content = read_classifier(args.evaluate) if args.evaluate else {}
+def read_trained(args):
+    """The content of --evaluate, a classifier.pt or model.pt, whose normalization is taken; {} without."""
+    if args.evaluate is None:
+        return {}
+    try:
+        content = dict(simsiam.read_file(args.evaluate))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{args.evaluate} is no classifier: {error}") from error
     about = content.get("about")
     if about:
         args.mean, args.std = about["mean"], about["std"]
         if args.image_size not in (None, about["image_size"]):
             raise ValueError(f"--image_size {args.image_size}: {args.evaluate} takes {about['image_size']} pixels")
-    return about
+    return content
 
 
-def read_classifier(path):
-    """The content of classifier.pt or model.pt, a dict. Raises OSError, and ValueError for another file."""
-    try:
-        return dict(simsiam.read_file(path))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is no classifier: {error}") from error
-
-
-def make_classifier(args, feature_dim):
-    """The classifier, new or of --evaluate."""
+def make_classifier(args, feature_dim, content):
+    """The classifier, new or, if there is any content, of --evaluate."""
     torch.manual_seed(args.seed)
     classifier = torch.nn.Linear(feature_dim, args.num_cls)
     torch.nn.init.normal_(classifier.weight, std=0.01)
     torch.nn.init.zeros_(classifier.bias)
-    if args.evaluate is None:
+    if not content:
         return classifier
     try:
-        content = read_classifier(args.evaluate)
         classifier.load_state_dict(content.get("classifier", content))  # of model.pt, or classifier.pt
-    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{args.evaluate} is no classifier of these features: {reason}") from error
     results = os.path.join(os.path.dirname(args.evaluate), runs.RESULTS)
@@ -172,8 +169,7 @@ def make_classifier(args, feature_dim):
 
 
 def rates(args, epoch):
-    """The rates of the optimizer's groups in an epoch, counted from 0: MoCo's steps for the classifier of frozen
-    features; for fine-tuning a cosine, for classifier and backbone."""
+    """The rates of the optimizer's groups in an epoch: MoCo's steps, or a cosine for classifier and backbone."""
     if args.weights == "finetune":
         return [rate * 0.5 * (1 + math.cos(math.pi * epoch / args.epochs)) for rate in (args.lr, args.lr_backbone)]
     return [args.lr * 0.1 ** sum(epoch >= round(milestone * args.epochs) for milestone in MILESTONES)]

@@ -26,7 +26,8 @@ def write_run(folder, value=1.0, argv=("main.py",), **settings):
     settings = {"arch": "resnet18", "epochs": 2, "dataset": "cifar10", "data_root": "data", "batch_size": 64} | settings
     config = {"argv": argv, "device": "CPU, <1> thread", "versions": {}, "settings": settings}
     checkpoint.write_json(folder / "config.json", config)
-    first, second = ({"epoch": epoch, "loss": -0.1 * value * epoch, "std": 0.9} for epoch in (1, 2))
+    first, second = ({"epoch": epoch, "loss": -0.1 * value * epoch, "std": 0.9, "seconds": 90 * epoch * value}
+                     for epoch in (1, 2))
     log.write(folder, [first, second | {"knn1": 30.0 * value, "knn200": 40.0 * value}])
     return str(folder)
 
@@ -67,6 +68,9 @@ def test_plots_have_curves_levels_and_the_mean_of_seeds_with_a_band_of_one_std(t
     plot.main([*folders, write_run(tmp_path / "other", 0.5), "--output", str(tmp_path)])
     mean, std = [[1, pytest.approx(-0.13)], [2, pytest.approx(-0.26)]], numpy.std([0.1, 0.12, 0.17], ddof=1)
     assert curves(drawn["loss-plot"])[0] == {"run: loss": mean, "other: loss": [[1, -0.05], [2, -0.1]]}
+    plot.main([*folders, "--output", str(tmp_path), "--minutes"])  # 1.3 times 1.5 minutes, then 3 more
+    assert curves(drawn["loss-plot"])[0]["run: loss"] == [[pytest.approx(1.95), -0.13], [pytest.approx(5.85), -0.26]]
+    plot.main([*folders, "--output", str(tmp_path)])
     corners = {(x, round(y, 9)) for x, y in drawn["loss-plot"].axes[0].collections[0].get_paths()[0].vertices.tolist()}
     assert corners == {(epoch, round(epoch * (-0.13 + sign * std), 9)) for epoch in (1, 2) for sign in (-1, 1)}
 
@@ -166,5 +170,5 @@ def test_logs_warn_once_of_a_collapse_and_make_a_table_of_the_last_metrics(tmp_p
     assert capsys.readouterr().out.splitlines() == [
         "| run | epoch | loss | std | knn1 | knn200 | minutes | device | test_top1 | best test_top1 |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        f"| {tmp_path.name} | 2 | -0.30 | 0.90 | 45.00 | 60.00 | 0.00 | CPU, <1> thread | – | – |",
+        f"| {tmp_path.name} | 2 | -0.30 | 0.90 | 45.00 | 60.00 | 6.75 | CPU, <1> thread | – | – |",
         f"| {tmp_path.name} | 2 | – | – | – | – | 1.50 | – | 58.25 | 59.25 |"]

@@ -1,7 +1,8 @@
 """Plots of runs, from their logs.
 
     python -m utils.plot FOLDER...                   # a table of their last metrics
-    python -m utils.plot FOLDER... --output DIR      # and their curves in common plots
+    python -m utils.plot FOLDER... --output DIR      # and their curves in common plots, by epochs
+    python -m utils.plot FOLDER... --output DIR --minutes                     # by minutes of training
 
 Runs whose folders' names differ only in a final seedN are a mean with a band of one standard deviation.
 """
@@ -51,17 +52,21 @@ def printable(name):
     return name.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
-def curve(axes, runs, key, **look):
-    """Draw a metric over the epochs: the mean of several runs with a band of one standard deviation."""
+def curve(axes, runs, key, minutes=False, **look):
+    """Draw a metric over epochs, or minutes: the mean of several runs with a band of one standard deviation."""
     values = [{each["epoch"]: each[key] for each in records if key in each} for records in runs]
-    epochs = sorted(set.intersection(*map(set, values)))
+    epochs = x = sorted(set.intersection(*map(set, values)))
+    if minutes:
+        spent = [{each["epoch"]: each.get("seconds", 0) for each in records} for records in runs]
+        x = [sum(of_run[one] for of_run in spent for one in of_run if one <= epoch) / 60 / len(runs)
+             for epoch in epochs]
     columns = numpy.array([[of_run[epoch] for epoch in epochs] for of_run in values])  # [runs, epochs]
     mean = columns.mean(axis=0)
     axes.grid(True)
-    axes.plot(epochs, mean, marker="o" if len(epochs) <= 30 else None, markersize=3, **look)
+    axes.plot(x, mean, marker="o" if len(epochs) <= 30 else None, markersize=3, **look)
     if len(runs) > 1:
         std = columns.std(axis=0, ddof=1)
-        axes.fill_between(epochs, mean - std, mean + std, color=look["color"], alpha=0.2, linewidth=0)
+        axes.fill_between(x, mean - std, mean + std, color=look["color"], alpha=0.2, linewidth=0)
 
 
 def mark_levels(axes, name, keys, settings):
@@ -81,7 +86,7 @@ def mark_levels(axes, name, keys, settings):
         axes.set_ylim(bottom=0)
 
 
-def plot_runs(folders, output):
+def plot_runs(folders, output, minutes=False):
     """Draw the plots of runs as PNG files in `output`. Raises OSError and ValueError without logs."""
     groups, measured, settings = {}, set(), []
     for folder in folders:
@@ -102,9 +107,9 @@ def plot_runs(folders, output):
         with figure(output, plot, height=2.8 + 0.19 * len(curves)) as drawing:
             axes = drawing.subplots()
             for color, (name, key) in zip(itertools.cycle(COLORS), curves):
-                curve(axes, groups[name], key, color=color, label=f"{name}: {words[key]}")
+                curve(axes, groups[name], key, minutes, color=color, label=f"{name}: {words[key]}")
             mark_levels(axes, plot, keys, settings)
-            axes.set(xlabel="epoch", ylabel=ylabel)
+            axes.set(xlabel="minutes of training" if minutes else "epoch", ylabel=ylabel)
             axes.locator_params(axis="x", integer=True)
             drawing.legend(loc="outside lower left")
 
@@ -154,12 +159,13 @@ def main(argv=None):
     parser = Parser(prog="python -m utils.plot", description=__doc__)
     parser.add_argument("folders", nargs="+", type=file_path, metavar="FOLDER", help="run's folder")
     parser.add_argument("--output", type=file_path, metavar="DIR", help="folder for the plots")
+    parser.add_argument("--minutes", action="store_true", help="draw over minutes, not epochs")
     args = parser.parse_args(argv)
     with parser.user_errors():
         say(log.table(args.folders))
         if args.output is not None:
             os.makedirs(args.output, exist_ok=True)
-            plot_runs(args.folders, args.output)
+            plot_runs(args.folders, args.output, args.minutes)
 
 
 if __name__ == "__main__":
