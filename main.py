@@ -52,6 +52,7 @@ def make_parser():
     add("--stop_gradient", action=switch, default=True, help="stop gradients through z (4.1)")
     add("--predictor", choices=simsiam.PREDICTORS, default="learned", help="Table 1 (4.2)")
     add("--fix_pred_lr", action="store_true", help="constant rate of the predictor (4.2)")
+    add("--zero_init_residual", action="store_true", help="start residual branches at 0 (appendix A)")
     add("--head_bn", choices=simsiam.HEAD_BN, default="default", help="batch norm of the heads (4.4)")
     add("--similarity", choices=simsiam.DISTANCES, default="cosine", help="of p and z (4.5)")
     add("--symmetry", choices=simsiam.LOSSES, default="symmetric", help="of the loss (4.6)")
@@ -134,8 +135,9 @@ def prepare(args, new=True):
 def build(args, device):
     """Model, optimizer and loss scaler."""
     torch.manual_seed(args.seed)
+    backbone = simsiam.ARCHS[args.arch](args.width, zero_init_residual=args.zero_init_residual)
     model = simsiam.SimSiam(
-        simsiam.ARCHS[args.arch](args.width), args.dim, args.pred_dim, args.num_proj_layers,
+        backbone, args.dim, args.pred_dim, args.num_proj_layers,
         args.head_bn, args.predictor, args.stop_gradient,
     ).to(device, memory_format=devices.memory_layout(device, args.width, args.batch_size))
     devices.with_fast_convolutions(model)

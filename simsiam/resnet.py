@@ -44,7 +44,7 @@ class ResNet(nn.Module):
     """A CIFAR ResNet: normalized images [B, 3, H, W], any H, W >= 8 -> features [B, feature_dim]. The four
     stages have 1, 2, 4 and 8 times `width` channels. Initial weights: He's normal, as torchvision's."""
 
-    def __init__(self, depths, width=64, bottleneck=False):
+    def __init__(self, depths, width=64, bottleneck=False, zero_init_residual=False):
         super().__init__()
         self.stem_relu = True  # simsiam.weights clears it for checkpoints of code without a ReLU after the stem
         self.conv1, self.bn1 = conv_bn(3, width, 3)
@@ -60,6 +60,8 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(module, Block) and zero_init_residual:  # each branch starts at 0 (appendix A)
+                nn.init.zeros_((module.bn3 if bottleneck else module.bn2).weight)
 
     def forward(self, x):
         x = self.bn1(self.conv1(x))                                # [B, width, H, W]

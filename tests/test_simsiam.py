@@ -55,6 +55,10 @@ def test_resnets_match_torchvision_with_a_cifar_stem(arch):
     for training in (True, False):
         backbone.train(training), reference.train(training)
         torch.testing.assert_close(backbone(x), reference(x), rtol=1e-4, atol=1e-5)
+    reference = getattr(torchvision.models, arch)(zero_init_residual=True).state_dict()
+    zeros = {name for name, value in reference.items() if name.endswith("weight") and not value.any()}
+    backbone = simsiam.ARCHS[arch](zero_init_residual=True).state_dict()
+    assert zeros == {name for name, value in backbone.items() if name.endswith("weight") and not value.any()} != set()
     narrow = simsiam.ARCHS[arch](width=6)
     assert narrow.feature_dim == 6 * {"resnet18": 8, "resnet34": 8, "resnet50": 32}[arch]
     for size in ((8, 8), (9, 15), (32, 32), (33, 64)):
