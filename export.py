@@ -91,7 +91,7 @@ def predict(args):
     autocast = devices.autocast(device, devices.select_precision(args.precision, device))
     model = simsiam.load_model(args.model).to(device)
     found, _ = list_images(args.images)
-    images, broken = load_images([file for file, _ in found], model.about["image_size"], args.skip_broken)
+    images, broken = load_images([file for file, _ in found], model.about["data"]["image_size"], args.skip_broken)
     features = knn.extract_features(model[0], images, autocast, model.about["mean"], model.about["std"])
     with torch.no_grad():
         probabilities, predicted = model[1](features).softmax(dim=1).max(dim=1)
@@ -172,8 +172,8 @@ def measure(backbone, classifier, linear, recipe, args):
 def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
-    torch.backends.cudnn.allow_tf32 = False  # fp32 is the same on any device
-    with parser.user_errors(), cli.memory_errors("export.py", "use fewer or smaller images"):
+    full = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # fp32 is the same on any device
+    with full, parser.user_errors(), cli.memory_errors("export.py", "use fewer or smaller images"):
         commands = {"features": export_features, "release": release, "check": check, "predict": predict}
         return commands[args.command](args)
 

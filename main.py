@@ -52,7 +52,7 @@ def make_parser():
     add("--stop_gradient", action=switch, default=True, help="stop gradients through z (4.1)")
     add("--predictor", choices=simsiam.PREDICTORS, default="learned", help="Table 1 (4.2)")
     add("--fix_pred_lr", action="store_true", help="constant rate of the predictor (4.2)")
-    add("--zero_init_residual", action="store_true", help="start residual branches at 0 (appendix A)")
+    add("--zero_init_residual", action="store_true", help="branches start at 0 (App. A), not of --init")
     add("--head_bn", choices=simsiam.HEAD_BN, default="default", help="batch norm of the heads (4.4)")
     add("--similarity", choices=simsiam.DISTANCES, default="cosine", help="of p and z (4.5)")
     add("--symmetry", choices=simsiam.LOSSES, default="symmetric", help="of the loss (4.6)")

@@ -1,4 +1,4 @@
-"""Linear evaluation of a pre-trained backbone: frozen features, one linear classifier.
+"""Linear evaluation of a pre-trained backbone, frozen, or fine-tuning with a linear classifier.
 
     python main_lincls.py --arch resnet18 --num_cls 10 --batch_size 256 --lr 30.0 \\
         --weight_decay 0.0 --pretrained CHECKPOINT DIR
@@ -8,6 +8,7 @@ CHECKPOINT: backbone.pt or checkpoint.pt of main.py, or a checkpoint of other Si
 The first command is MoCo's protocol: SGD at a rate of 30 on random crops and flips; the result is
 the last epoch's top-1 accuracy on all test images. --features cached fits the L2-regularized softmax
 regression with L-BFGS to features without augmentation: half a minute at width 16.
+--weights finetune trains the backbone too (docs/data.md, "Few labels").
 """
 import argparse
 import math
@@ -38,7 +39,7 @@ def make_parser():
     add("--fraction", type=cli.fraction, default=1.0, help="share of the labels, drawn by --seed")
     backbone = parser.add_argument_group("backbone")
     backbone.add_argument("--pretrained", type=cli.file_path, metavar="CHECKPOINT|none",
-                          help="required; none: random weights, of --arch and --width")
+                          help="required, but for model.pt; none: random weights, of --arch and --width")
     backbone.add_argument("--arch", choices=simsiam.ARCHS, default="resnet18", help="backbone")
     backbone.add_argument("--width", type=cli.whole_number(1), help="default: the checkpoint's, or 64")
     backbone.add_argument("--weights", choices=("freeze", "finetune"), default="freeze",
@@ -75,7 +76,8 @@ class Setup(NamedTuple):
 
 def prepare(args):
     """Complete and check the settings, and make what they say."""
-    args.pretrained = args.pretrained or args.evaluate  # model.pt has a backbone
+    trained = read_trained(args)
+    about = trained.get("about", {})
     if args.pretrained is None:
         raise ValueError("--pretrained CHECKPOINT is required: the backbone to evaluate")
     finetune = args.weights == "finetune"
@@ -91,14 +93,18 @@ def prepare(args):
     else:
         backbone = simsiam.load_backbone(args.pretrained, args.arch, args.width, cli.info)
         inherited = runs.inherited_options(args.pretrained)
+    if finetune:  # the network is this project's, also for weights of code with another stem
+        state = backbone.state_dict()
+        backbone = simsiam.ARCHS[args.arch](len(backbone.bn1.weight))
+        backbone.load_state_dict(state)
     args.backbone, args.width = checkpoint.digest(backbone.state_dict()), len(backbone.bn1.weight)
-    trained = read_trained(args)
-    about = trained.get("about", {})
-    options = options_in(vars(args), inherited | about)
+    options = options_in(vars(args), about.get("data", inherited))
+    args.test_share = options["test_share"]
     data = load_dataset(args.dataset, args.data_root, device, unlabeled=False, **options)
     if not data.has_classes:
         raise ValueError(f"--dataset {args.dataset}: no labels of several classes, or no test images")
     args.image_size, classes = data.train_images.shape[2], len(data.classes)
+    args.data_digest = data.digest()
     if args.num_cls not in (None, classes):
         raise ValueError(f"--num_cls {args.num_cls}: {args.dataset} has {classes} classes")
     args.num_cls = classes
@@ -118,34 +124,45 @@ def prepare(args):
         data = data._replace(train_images=images, train_labels=data.train_labels[rows.to(device)])
     if about and about["classes"] != data.classes:
         raise ValueError(f"{args.evaluate}: trained on {len(about['classes'])} other classes, as {about['classes'][0]}")
+    if finetune and equal_batches(len(data.train_images), args.batch_size) < 2:
+        raise ValueError("--weights finetune: a batch norm takes batches of at least 2 images")
     classifier = make_classifier(args, backbone.feature_dim, trained).to(device)
-    backbone = backbone.requires_grad_(finetune).to(device, memory_format=memory_layout(args, device))
-    groups = [[*classifier.parameters()], [*backbone.parameters()]]
-    optimizer = devices.sgd(groups[:1 + finetune], args.lr, args.momentum, args.weight_decay)
+    backbone = backbone.requires_grad_(finetune).to(device, memory_format=layout_of(args, device))
+    groups = [[*classifier.parameters()]]
+    if finetune:
+        groups.append([*backbone.parameters()])
+    optimizer = devices.sgd(groups, args.lr, args.momentum, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=finetune and args.precision == "fp16")
     return Setup(args, device, data, devices.with_fast_convolutions(backbone), classifier, optimizer, scaler)
 
 
-def memory_layout(args, device):
-    """The memory format of the backbone: where it is not trained, channels_last has no traps."""
-    if args.weights == "freeze":
-        return torch.channels_last
-    return devices.memory_layout(device, args.width, args.batch_size)
+def layout_of(args, device):
+    """The memory format of the backbone. Where it is not trained, channels_last has no traps; else the batches
+    may be odd, as one of 1 is."""
+    return torch.channels_last if args.weights == "freeze" else devices.memory_layout(device, args.width, 1)
+
+
+def equal_batches(count, most):
+    """Images in each of the equal batches, of at most `most`: a small last one would have other statistics."""
+    return count // math.ceil(count / most)
 
 
 def read_trained(args):
-    """The content of --evaluate, a classifier.pt or model.pt, whose normalization is taken; {} without."""
+    """The content of --evaluate, a classifier.pt or model.pt, whose settings are taken; {} without."""
     if args.evaluate is None:
         return {}
     try:
         content = dict(simsiam.read_file(args.evaluate))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{args.evaluate} is no classifier: {error}") from error
-    about = content.get("about")
-    if about:
-        args.mean, args.std = about["mean"], about["std"]
-        if args.image_size not in (None, about["image_size"]):
-            raise ValueError(f"--image_size {args.image_size}: {args.evaluate} takes {about['image_size']} pixels")
+    if "about" in content:
+        about = {"arch": content["arch"], "mean": content["about"]["mean"], "std": content["about"]["std"],
+                 "image_size": content["about"]["data"]["image_size"], "pretrained": args.evaluate}
+        usual = {"arch": "resnet18", "mean": [*augment.MEAN], "std": [*augment.STD]}
+        for name, value in about.items():
+            if getattr(args, name) not in (value, usual.get(name)):
+                raise ValueError(f"--{name} {getattr(args, name)}: {args.evaluate} takes {value}")
+            setattr(args, name, value)
     return content
 
 
@@ -187,9 +204,9 @@ def train_sgd(setup, run, position, stop):
     args, device, data, backbone, classifier, optimizer, scaler = setup
     autocast, size = devices.autocast(device, args.precision), len(data.train_images)
     finetune, steps, test_features = args.weights == "finetune", math.ceil(size / args.batch_size), None
-    layout, batch = memory_layout(args, device), min(args.batch_size, size)
-    if finetune:  # equal batches: a small one would have other batch statistics
-        batch = size // steps
+    layout, batch = layout_of(args, device), min(args.batch_size, size)
+    if finetune:
+        batch = equal_batches(size, args.batch_size)
         size = steps * batch
     elif position.epoch < args.epochs:
         test_features = features_of(setup, data.test_images, stop)
@@ -311,7 +328,7 @@ def evaluate(setup, run, position, stop):
     finite = [math.isfinite(record["train_loss"]) for record in run.records]
     weights = [*classifier.parameters(), *backbone.state_dict().values()]
     if not all(finite) or not all(value.isfinite().all() for value in weights):
-        return cli.fail("main_lincls.py", "the loss or the weights are not finite; lower --lr")
+        return cli.fail("main_lincls.py", "the loss or the weights are not finite; lower the learning rate")
     for name, value in backbone.state_dict().items():
         unchanged = args.weights == "finetune" or torch.equal(value, frozen[name])
         assert unchanged, f"the frozen backbone changed: {name}"
@@ -323,7 +340,8 @@ def finish(setup, run, test_features):
     """Print the result; write results.json, the classifier or the whole network, and the plots."""
     args, data, classifier, backbone = setup.args, setup.data, setup.classifier, setup.backbone
     results = {"images": len(data.test_images), **test(classifier, test_features, data.test_labels)}
-    how, split, what = "", "test" if args.validation is None else "validation", "linear"
+    how, split = "", "test" if args.validation is None else "validation"
+    finetuned = args.weights == "finetune" or args.evaluate == args.pretrained
     if args.evaluate is None:
         results |= run.records[-1]
         how = "L-BFGS, " if args.features == "cached" else f"epoch {args.epochs}, "
@@ -332,11 +350,12 @@ def finish(setup, run, test_features):
             if args.weights == "freeze":
                 checkpoint.save(run.path("classifier.pt"), weights)
             else:
-                what = "fine-tuned"
-                about = {"classes": data.classes, "image_size": args.image_size, "mean": args.mean, "std": args.std}
+                about = {"classes": data.classes, "mean": args.mean, "std": args.std,
+                         "data": {"image_size": args.image_size, "test_share": args.test_share}}
                 network = {name: value.cpu().contiguous() for name, value in backbone.state_dict().items()}
                 checkpoint.save(run.path("model.pt"), {
                     "arch": args.arch, "backbone": network, "classifier": weights, "about": about})
+    what = "fine-tuned" if finetuned else "linear"
     cli.say(f"{what} top-1: {results['test_top1']:.2f} % ({how}{results['images']:,} {split} images)")
     if args.evaluate is None and args.features == "augmented" and args.weights == "freeze":
         best = max(run.records, key=lambda record: record["test_top1"])

@@ -28,7 +28,7 @@ def asymmetric_loss(*outputs, distance=negative_cosine):
     four, D(p1, z2) / 2 + D(p3, z4) / 2, the paper's "asymmetric 2x"."""
     n = len(outputs) // 2
     p, z = outputs[:n:2], outputs[n + 1::2]  # the first views of the pairs; the second
-    return sum(map(distance, p, z)) / len(p)
+    return sum(distance(*pair) for pair in zip(p, z, strict=True)) / len(p)
 
 
 def feature_std(z):

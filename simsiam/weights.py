@@ -57,8 +57,8 @@ def load_backbone(source, arch="resnet18", width=None, verbose=True):
 
 def load_model(path):
     """Load model.pt, a network that main_lincls.py has fine-tuned, in eval mode: normalized images
-    [B, 3, H, W] -> logits [B, classes]. Its attribute `about` has classes, image_size, mean and std; [0] is
-    the backbone, [1] the classifier. Raises what `read_file` raises, and ValueError for another file."""
+    [B, 3, H, W] -> logits [B, classes]. Its attribute `about` has classes, mean, std, and in `data` the
+    image_size; [0] is the backbone, [1] the classifier. Raises as `read_file`, and ValueError for another file."""
     content = read_file(path)
     if not {"arch", "backbone", "classifier", "about"} <= set(content):
         raise ValueError(f"{path}: not a model.pt of main_lincls.py --weights finetune")
@@ -74,7 +74,7 @@ def read_file(path):
     """The content of a file of torch.save, or of safetensors if installed; code in it never runs.
     Raises OSError, and ValueError in one line if it is no checkpoint, is damaged, or needs code."""
     if os.path.isdir(path):
-        raise IsADirectoryError(f"{str(path)!r} is a folder; name backbone.pt or checkpoint.pt in it")
+        raise IsADirectoryError(f"{str(path)!r} is a folder; name backbone.pt, checkpoint.pt or model.pt in it")
     with open(path, "rb") as file:
         content = file.read()
     is_zip, safe = content.startswith(b"PK"), content[8:9] == b"{"

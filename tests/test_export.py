@@ -46,10 +46,13 @@ def features_of(path, images):
     return simsiam.load_backbone(path, verbose=False)(normalize(images)).detach()
 
 
-def test_features_of_a_data_set_are_the_backbones(tmp_path, finished_run, shapes, refused):
+def test_features_of_a_data_set_are_the_backbones(tmp_path, finished_run, shapes, refused, monkeypatch):
     data = f"--dataset shapes --train_size 60 --test_size 60 --output {tmp_path}/new.npz"
+    seen, usual = [], export.knn.extract_features
+    monkeypatch.setattr(export.knn, "extract_features", lambda *args: seen.append(
+        torch.backends.cudnn.allow_tf32) or usual(*args))
     export.main(f"features --pretrained {finished_run}/backbone.pt {data}".split())
-    assert not torch.backends.cudnn.allow_tf32  # fp32 is fp32 on newer GPUs too
+    assert seen == [False, False] and torch.backends.cudnn.allow_tf32  # fp32 is fp32 on newer GPUs too
     with numpy.load(tmp_path / "new.npz") as arrays:  # without pickles
         for split, images, labels in (("train", *shapes[:2]), ("test", *shapes[2:4])):
             expected = features_of(f"{finished_run}/backbone.pt", images[:60])

@@ -90,10 +90,30 @@ def test_the_network_is_tested_and_predicts_as_it_was_evaluated(model, run_lincl
     right = [name == shapes.classes[label] for (_, name, _), label in zip(rows, shapes.test_labels)]
     assert sum(right) == found["test_top1"]
     backbone, images = simsiam.load_backbone(model, verbose=False), normalize(shapes.test_images[:2])
-    assert torch.equal(backbone(images), network[0](images)) and network.about["image_size"] == 32
+    assert torch.equal(backbone(images), network[0](images)) and network.about["data"] == {"image_size": 32, "test_share": None}
     export.main(["predict", "--model", model, "--images", "pictures/of things/007.png", "--output", "one.csv"])
     with open("one.csv") as file:
         assert file.read().splitlines()[1].split(",")[1] == rows[7][1]
+
+
+def test_a_foreign_stem_and_the_held_out_images_are_kept_in_mind(run_lincls, shapes, no_gpu, tmp_path):
+    """A backbone without a ReLU after its stem is trained, and read again, with one; images that were trained on are
+    not tested later."""
+    state = simsiam.resnet18(4).state_dict()
+    names = {"conv1": "0", "bn1": "1", **{f"layer{i}": str(i + 1) for i in range(1, 5)}}
+    foreign = {name.replace(name.split(".")[0], f"backbone.{names[name.split('.')[0]]}", 1): state[name] for name in state}
+    torch.save(foreign, "foreign.pt")
+    assert not simsiam.load_backbone("foreign.pt", verbose=False).stem_relu
+    for i, image in enumerate(shapes.train_images[:40]):
+        os.makedirs(f"DIR/{'ab'[i % 2]}", exist_ok=True)
+        to_pil_image(image).save(f"DIR/{'ab'[i % 2]}/{i}.png")
+    folder = ["--dataset", "folder", "--precision", "fp32", "DIR"]
+    options = ["--pretrained", "foreign.pt", "--weights", "finetune", "--epochs", "2", "--test_share", "0.3"]
+    assert main_lincls.main([*options, "--trial", "fine", *folder]) == 0
+    os.rename("experiments/fine/model.pt", "model.pt")
+    assert main_lincls.main(["--evaluate", "model.pt", "--trial", "again", *folder]) == 0
+    assert results("again")["images"] == results("fine")["images"] >= 10
+    assert all(results("again")[name] == results("fine")[name] for name in ("test_top1", "confusion"))
 
 
 def test_from_scratch_is_the_same_network_from_random_weights(run_lincls, no_gpu):
@@ -108,7 +128,10 @@ def test_from_scratch_is_the_same_network_from_random_weights(run_lincls, no_gpu
 
 def test_what_does_not_fit_is_one_line(model, finished_run, refused, shapes):
     data = "--dataset shapes --train_size 128 --test_size 100 --precision fp32"
-    refused(main_lincls.main, f"{data} --evaluate {model} --image_size 16".split(), "--image_size 16", "32 pixels")
+    for option in ("--image_size 16", "--mean 0 0 0", "--arch resnet50", f"--pretrained {finished_run}/backbone.pt"):
+        refused(main_lincls.main, f"{data} --evaluate {model} {option}".split(), option.split()[0], "takes")
+    refused(main_lincls.main, f"{data} --evaluate {finished_run}/backbone.pt".split(), "--pretrained CHECKPOINT is required")
+    refused(main_lincls.main, f"{data} --pretrained none --width 8 --weights finetune --batch_size 1".split(), "batches of at")
     refused(main_lincls.main, f"{data} --pretrained none --weights finetune --features cached".split(), "--features cached")
     refused(main_lincls.main, f"{data} --pretrained none --lr_backbone 1".split(), "--lr_backbone", "finetune")
     refused(main_lincls.main, f"{data} --evaluate {model} --weights finetune".split(), "--evaluate")

@@ -155,7 +155,7 @@ def test_another_backbone_is_not_resumed_and_warned_of(run_lincls, finished_run,
 def test_numbers_that_are_not_finite_are_no_result(run_lincls, capsys):
     assert run_lincls("--lr", 1e38, "--epochs", 3, "--trial", "a") == 1
     captured = capsys.readouterr()
-    assert "not finite; lower --lr" in captured.err and "linear top-1" not in captured.out
+    assert "not finite; lower the learning rate" in captured.err and "linear top-1" not in captured.out
     assert not os.path.exists("experiments/a/classifier.pt")
 
 

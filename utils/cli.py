@@ -165,7 +165,7 @@ def add_device_options(parser):
     group.add_argument("--gpu", type=gpu_index, metavar="N|none",
                        help="CUDA GPU, or the CPU (default: the first GPU that computes, else the CPU)")
     group.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto",
-                       help="auto: bf16, else fp16 (GPUs), where it is fast; fp32 trains with TF32 convolutions")
+                       help="auto: bf16 or, on GPUs, fp16 where that is fast, else fp32 (on GPUs in training: TF32)")
     return group
 
 

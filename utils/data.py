@@ -56,7 +56,7 @@ class Options(NamedTuple):
 def options_in(settings, inherited=()):
     """The options of load_dataset in the settings of a script or a run; inherited: where one is None."""
     found = {name: settings[name] for name in Options._fields if name in settings}
-    return found | {name: value for name, value in dict(inherited).items() if found.get(name, value) is None}
+    return found | {name: value for name, value in dict(inherited).items() if found[name] is None}
 
 
 def load_dataset(name, root, device, **options):

@@ -95,7 +95,7 @@ def select_precision(name, device):
 
 def has_tensor_cores(device):
     """Whether a GPU is faster in fp16 and channels_last: from compute capability 7.0, but for a GTX 16xx, on
-    which fp16 has given values that are not finite."""
+    which fp16 has given values that are not finite (other cards of that age without them are not known)."""
     return torch.cuda.get_device_capability(device) >= (7, 0) and "GTX 16" not in torch.cuda.get_device_name(device)
 
 

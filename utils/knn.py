@@ -41,7 +41,7 @@ def extract_features(backbone, images, autocast, mean=MEAN, std=STD, check=lambd
 def nearest(queries, bank, k):
     """Cosine similarities and indices [Q, k] of the k most similar rows of the bank [N, D] to queries [Q, D]."""
     norms = bank.norm(dim=1).clamp(min=1e-12)
-    bank = bank.T.contiguous()  # [D, N]
+    bank = bank.T.clone(memory_format=torch.contiguous_format)  # [D, N]
     bank /= norms  # in place: the one copy
     chunks = F.normalize(queries, dim=1).split(max(1, SIMILARITIES // bank.shape[1]))
     found = [(chunk @ bank).topk(k, dim=1) for chunk in chunks]

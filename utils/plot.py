@@ -31,8 +31,8 @@ STYLE = {
 PAPER = {"knn200": 90.0, "test_top1": 91.8}  # CIFAR-10, width 64, 800 epochs; kNN read off Fig. D.1
 PLOTS = {  # the metrics in each plot, with their words, and the label of the y axis
     "loss-plot": ({"loss": "loss", "train_loss": "training loss"}, "loss"),
-    "top1-acc": ({"knn200": "kNN, k = 200", "knn1": "kNN, k = 1", "test_top1": "linear, test",
-                  "train_top1": "linear, training batches"}, "top-1 accuracy (%)"),
+    "top1-acc": ({"knn200": "kNN, k = 200", "knn1": "kNN, k = 1", "test_top1": "test",
+                  "train_top1": "training batches"}, "top-1 accuracy (%)"),
     "std": ({"std": "std"}, "std of l2-normalized z, × √d"),
     "effective-rank": ({"effective_rank": "effective rank"}, "effective rank of the features")}
 
@@ -75,7 +75,8 @@ def mark_levels(axes, name, keys, settings):
     if name == "std":
         levels = {log.collapse_std(each.get("bn_batch", each["batch_size"]),
                                    each.get("head_bn", "default")) for each in settings}
-    elif name == "top1-acc" and {each["dataset"] for each in settings} == {"cifar10"}:
+    elif name == "top1-acc" and {(each["dataset"], each.get("weights", "freeze")) for each in settings} == {
+            ("cifar10", "freeze")}:
         levels = {PAPER["knn200" if "knn200" in keys else "test_top1"]}
         words = "paper, width 64, 800 epochs: {:g}"
     if len(levels) == 1:
@@ -159,7 +160,7 @@ def main(argv=None):
     parser = Parser(prog="python -m utils.plot", description=__doc__)
     parser.add_argument("folders", nargs="+", type=file_path, metavar="FOLDER", help="run's folder")
     parser.add_argument("--output", type=file_path, metavar="DIR", help="folder for the plots")
-    parser.add_argument("--minutes", action="store_true", help="draw over minutes, not epochs")
+    parser.add_argument("--minutes", action="store_true", help="in --output, draw over minutes")
     args = parser.parse_args(argv)
     with parser.user_errors():
         say(log.table(args.folders))

@@ -109,6 +109,8 @@ def resumed_args(parser, argv, saved):
     """Settings of a resumed run: those saved in the checkpoint, the defaults of options that are
     newer, and what is typed. Raises ValueError for one that may not change."""
     saved = {name: value for name, value in saved.items() if name not in PROCESS}
+    if saved.get("symmetry") == "asymmetric_2x":  # as it was called before --views
+        saved["symmetry"] = "asymmetric"
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     for name, value in saved.items():
@@ -127,7 +129,7 @@ def restore(state, settings, device, parts):
     """Load the parts, a dict by name, from a checkpoint; returns the Position in it. Warns if it was
     written elsewhere. Raises ValueError for what does not fit."""
     for name, what in (("data_digest", "training images"), ("backbone", "backbone")):
-        if state["config"].get(name) != settings.get(name):
+        if state["config"].get(name) not in (None, settings.get(name)):
             raise ValueError(f"not the {what} of the run to resume, {state['path']}")
     try:
         for name, part in parts.items():
