@@ -25,11 +25,11 @@ import torch.nn.functional as F
 
 import simsiam
 
-LR_PER_256 = 30.0           # learning rate for a batch of 256; it scales linearly
-MILESTONES = (0.6, 0.8)     # shares of the epochs after which it is divided by 10
-CROP_SCALE = (0.08, 1.0)    # torchvision's default for RandomResizedCrop
-LBFGS_WEIGHT_DECAY = 1e-4   # without any, L-BFGS does not converge
-FINETUNE = {"lr": 0.1, "lr_backbone": 0.02, "weight_decay": 5e-4}  # defaults, rates for a batch of 256
+MILESTONES = (0.6, 0.8)   # shares of the epochs after which MoCo divides the rate by 10
+CROP_SCALE = (0.08, 1.0)  # torchvision's default for RandomResizedCrop
+# Defaults; the rates are those of a batch of 256, and scale linearly.
+FROZEN = {"augmented": {"lr": 30.0, "weight_decay": 0.0}, "cached": {"lr": 30.0, "weight_decay": 1e-4}}
+FINETUNE = {"lr": 0.1, "lr_backbone": 0.02, "weight_decay": 5e-4}
 
 
 def make_parser():
@@ -77,63 +77,66 @@ class Setup(NamedTuple):
 def prepare(args):
     """Complete and check the settings, and make what they say."""
     trained = read_trained(args)
-    about = trained.get("about", {})
-    if args.pretrained is None:
-        raise ValueError("--pretrained CHECKPOINT is required: the backbone to evaluate")
-    finetune = args.weights == "finetune"
-    if finetune and (args.features == "cached" or args.evaluate):
-        raise ValueError("--weights finetune: trains on augmented images; omit --features cached, --evaluate")
-    if args.lr_backbone is not None and not finetune:
-        raise ValueError("--lr_backbone: the backbone is trained only by --weights finetune")
+    about, finetune = trained.get("about", {}), args.weights == "finetune"
+    complete(args, finetune)
     device = devices.select_device(args.gpu)
     args.precision = devices.select_precision(args.precision, device)
-    if args.pretrained == "none":
-        torch.manual_seed(args.seed)
-        backbone, inherited = simsiam.ARCHS[args.arch](args.width or 64), {}
-    else:
-        backbone = simsiam.load_backbone(args.pretrained, args.arch, args.width, cli.info)
-        inherited = runs.inherited_options(args.pretrained)
-    if finetune:  # the network is this project's, also for weights of code with another stem
-        state = backbone.state_dict()
-        backbone = simsiam.ARCHS[args.arch](len(backbone.bn1.weight))
-        backbone.load_state_dict(state)
+    backbone, inherited = make_backbone(args)
     args.backbone, args.width = checkpoint.digest(backbone.state_dict()), len(backbone.bn1.weight)
     options = options_in(vars(args), about.get("data", inherited))
-    args.test_share = options["test_share"]
     data = load_dataset(args.dataset, args.data_root, device, unlabeled=False, **options)
     if not data.has_classes:
         raise ValueError(f"--dataset {args.dataset}: no labels of several classes, or no test images")
-    args.image_size, classes = data.train_images.shape[2], len(data.classes)
-    args.data_digest = data.digest()
+    args.image_size, args.test_share = data.train_images.shape[2], options["test_share"]
+    args.data_digest, classes = data.digest(), len(data.classes)
     if args.num_cls not in (None, classes):
         raise ValueError(f"--num_cls {args.num_cls}: {args.dataset} has {classes} classes")
     args.num_cls = classes
-    defaults = {"lr": LR_PER_256, "weight_decay": 0.0}
-    if finetune:
-        defaults = FINETUNE
-    elif args.features == "cached":
-        defaults["weight_decay"] = LBFGS_WEIGHT_DECAY
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value if name == "weight_decay" else value * args.batch_size / 256)
-    if args.features == "cached" and args.weight_decay == 0:
-        raise ValueError("--weight_decay 0: without a penalty L-BFGS does not converge")
+    if about and about["classes"] != data.classes:
+        raise ValueError(f"{args.evaluate}: trained on {len(about['classes'])} other classes, as {about['classes'][0]}")
     if args.fraction < 1:
         rows = balanced_subset(data.train_labels, args.fraction, args.seed)
         images = data.train_images[rows.to(data.train_images.device)]
         data = data._replace(train_images=images, train_labels=data.train_labels[rows.to(device)])
-    if about and about["classes"] != data.classes:
-        raise ValueError(f"{args.evaluate}: trained on {len(about['classes'])} other classes, as {about['classes'][0]}")
-    if finetune and equal_batches(len(data.train_images), args.batch_size) < 2:
-        raise ValueError("--weights finetune: a batch norm takes batches of at least 2 images")
     classifier = make_classifier(args, backbone.feature_dim, trained).to(device)
     backbone = backbone.requires_grad_(finetune).to(device, memory_format=layout_of(args, device))
     groups = [[*classifier.parameters()]]
     if finetune:
         groups.append([*backbone.parameters()])
+        if equal_batches(len(data.train_images), args.batch_size) < 2:
+            raise ValueError("--weights finetune: a batch norm takes batches of at least 2 images")
     optimizer = devices.sgd(groups, args.lr, args.momentum, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=finetune and args.precision == "fp16")
     return Setup(args, device, data, devices.with_fast_convolutions(backbone), classifier, optimizer, scaler)
+
+
+def complete(args, finetune):
+    """Check what can be without the data, and set the rates that are not given."""
+    if args.pretrained is None:
+        raise ValueError("--pretrained CHECKPOINT is required: the backbone to evaluate")
+    if finetune and (args.features == "cached" or args.evaluate):
+        raise ValueError("--weights finetune: trains on augmented images; omit --features cached, --evaluate")
+    if args.lr_backbone is not None and not finetune:
+        raise ValueError("--lr_backbone: the backbone is trained only by --weights finetune")
+    if args.features == "cached" and args.weight_decay == 0:
+        raise ValueError("--weight_decay 0: without a penalty L-BFGS does not converge")
+    defaults = FINETUNE if finetune else FROZEN[args.features]
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value if name == "weight_decay" else value * args.batch_size / 256)
+
+
+def make_backbone(args):
+    """The backbone of --pretrained, and what its run says about the data."""
+    if args.pretrained == "none":
+        torch.manual_seed(args.seed)
+        return simsiam.ARCHS[args.arch](args.width or 64), {}
+    backbone = simsiam.load_backbone(args.pretrained, args.arch, args.width, cli.info)
+    if args.weights == "finetune":  # this project's network, also for weights of code with another stem
+        state = backbone.state_dict()
+        backbone = simsiam.ARCHS[args.arch](len(backbone.bn1.weight))
+        backbone.load_state_dict(state)
+    return backbone, runs.inherited_options(args.pretrained)
 
 
 def layout_of(args, device):
