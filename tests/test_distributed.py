@@ -265,9 +265,9 @@ def test_synchronized_batch_norm_keeps_the_names(monkeypatch):
 def test_a_compiled_step_is_not_cut_for_ddp(monkeypatch):
     monkeypatch.setattr(distributed, "processes", 2)
     monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda step: step)
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
-    step = distributed.average_gradients(torch.nn.Linear(2, 2), abs)
-    assert torch._dynamo.config.optimize_ddp is False and step(-3) == 3
+    with torch._dynamo.config.patch(optimize_ddp=True):
+        step = distributed.average_gradients(torch.nn.Linear(2, 2), abs)
+        assert torch._dynamo.config.optimize_ddp is False and step(-3) == 3
 
 
 def test_a_request_to_stop_reaches_all_one_step_later(monkeypatch):
