@@ -140,9 +140,9 @@ def make_backbone(args):
 
 
 def layout_of(args, device):
-    """The memory format of the backbone. Where it is not trained, channels_last has no traps; else the batches
-    may be odd, as one of 1 is."""
-    return torch.channels_last if args.weights == "freeze" else devices.memory_layout(device, args.width, 1)
+    """The memory format of the backbone: channels_last, unless it is trained where that is not safe."""
+    odd = 1  # fine-tuning's equal batches may be odd
+    return torch.channels_last if args.weights == "freeze" else devices.memory_layout(device, args.width, odd)
 
 
 def equal_batches(count, most):

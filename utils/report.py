@@ -75,8 +75,9 @@ def draw_run(folder):
             content = base64.b64encode(path.read_bytes()).decode()
             plots += f'<figure><img alt="{name}" src="data:image/png;base64,{content}">'
             plots += f"<figcaption>{caption}</figcaption></figure>"
-    kinds = {"freeze": "linear evaluation", "finetune": "fine-tuning", None: "SimSiam pre-training"}
-    kind = kinds[settings.get("weights", "freeze" if "pretrained" in settings else None)]
+    kind = "linear evaluation" if "pretrained" in settings else "SimSiam pre-training"
+    if settings.get("weights") == "finetune":
+        kind = "fine-tuning"
     about = f"{kind}, {settings['arch']}, {settings['dataset']}, {device}"
     content = pathlib.Path(__file__).with_suffix(".html").read_text(encoding="utf-8").format(
         title=html.escape(os.path.basename(os.path.abspath(folder))), about=html.escape(about),
