@@ -1,9 +1,7 @@
 """The documents against the code: commands, code blocks and numbers; and the layout of the code."""
 import ast
-import json
 import re
 import shlex
-import statistics
 import subprocess
 import sys
 
@@ -114,38 +112,6 @@ def test_links_lead_to_files():
     for path in DOCUMENTS:
         for link in re.findall(r"\]\(([^)#\s]+)", path.read_text()):
             assert link.startswith("https://") or (path.parent / link).exists(), (path.name, link)
-
-
-def last_of(name, key):
-    return log.last(log.read(str(REPO / "logs" / name)), key)
-
-
-def test_the_readmes_numbers_are_those_of_the_logs():
-    """The results table from log.jsonl, and the table of weights from the .json beside them."""
-    text = " ".join((REPO / "README.md").read_text().split())
-
-    def cell(values):
-        std = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        return f"{statistics.fmean(values):.2f}{std}"
-
-    for width, epochs, cores, divisor, digits, unit in (
-            (32, 300, "two CPU cores", 3600, 1, "hours"), (16, 84, "one CPU core", 60, 0, "minutes")):
-        run = f"cifar10-w{width}-{epochs}ep"
-        knn, linear = f"{last_of(run, 'knn200'):.2f}", f"{last_of(f'{run}-linear', 'test_top1'):.2f}"
-        seconds = sum(record["seconds"] for record in log.read(str(REPO / "logs" / run)))
-        time = f"{seconds / divisor:.{digits}f} {unit}"
-        settings = json.loads((REPO / "logs" / run / "config.json").read_text())["settings"]
-        assert settings["view_size"] == "16:0.75,24:0.25"
-        differs = (f"width {width}, heads {settings['dim']} / {settings['pred_dim']}, batch {settings['batch_size']}, "
-                   f"rate {settings['learning_rate']}, views of 16 and 24 pixels, {settings['precision']}")
-        assert f"| ours: {differs} | {epochs} | 1 | {knn} | {linear} (cached features) | {time}, {cores} |" in text
-        assert f" trained for {time} " in text and f": kNN {knn} %, linear {linear} %" in text
-        about = json.loads((REPO / "weights" / f"simsiam_resnet18_w{width}_cifar10.json").read_text())
-        figures = f"{about['accuracies']['knn200']:.2f} | {about['accuracies']['linear']:.2f}"
-        assert f"{epochs} epochs, seed 0 | {figures} | {about['bytes'] / 1e6:.1f} MB |" in text
-    runs = ["cifar10-w16-12ep", "cifar10-w16-12ep-seed1"]
-    knn = [log.read(str(REPO / "logs" / run))[0]["knn200"] for run in runs]
-    assert f"| 0 | 2 | {cell(knn)} | – |" in text
 
 
 def imported(path):

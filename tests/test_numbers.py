@@ -1,0 +1,168 @@
+"""The figures in the documents against the logs, results and weights that they come from."""
+import json
+import re
+import statistics
+
+import pytest
+
+from conftest import REPO
+from utils import log
+
+LOGS = REPO / "logs"
+COLUMNS = {"loss": "loss", "std": "std", "std·√d": "std", "effective rank": "effective_rank", "kNN, k = 1 (%)": "knn1",
+           "kNN, k = 200 (%)": "knn200", "kNN (%)": "knn200", "learning rate": "lr"}
+
+
+def settings_of(folder):
+    return json.loads((folder / "config.json").read_text())["settings"]
+
+
+def last_of(name, key):
+    return log.last(log.read(LOGS / name), key)
+
+
+def cell(values, digits=2):
+    """A mean as the tables write it, with the standard deviation over seeds if there are several."""
+    std = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{std}".replace("-", "−")
+
+
+def agree(text, value):
+    """Assert that a number as written is the value, rounded to the digits that it has."""
+    written = text.replace("−", "-").split(" (")[0]
+    digits = len(written.partition(".")[2])
+    assert abs(float(written) - value) <= 0.5 * 10**-digits + 1e-9, (text, value)
+
+
+def minutes_of(records):
+    """Minutes of training."""
+    return sum(record["seconds"] for record in records) / 60
+
+
+def tables_in(name):
+    """The tables of a document as (heading above, header cells, rows of cells)."""
+    found, heading = [], ""
+    for block in re.split(r"\n\n+", (REPO / name).read_text(encoding="utf-8")):
+        lines = block.splitlines()
+        if lines and lines[0].startswith("#"):
+            heading = lines[0]
+        if len(lines) > 2 and lines[1].startswith("| ---"):
+            header, _, *rows = [[each.strip() for each in line.strip("|").split(" | ")] for line in lines]
+            found.append((heading, header, rows))
+    return found
+
+
+def folder_of(heading):
+    """The first folder of logs/ that a heading names; '*' is seed 0."""
+    names = [name.replace("*", "0") for name in re.findall(r"`([^`]+)`", heading)]
+    return next((LOGS / name for name in names if (LOGS / name).is_dir()), None)
+
+
+def test_the_readmes_numbers_are_those_of_the_logs():
+    """The results table from log.jsonl, and the table of weights from the .json beside them."""
+
+    for width, epochs, cores, divisor, digits, unit in (
+            (32, 300, "two CPU cores", 60, 1, "hours"), (16, 84, "one CPU core", 1, 0, "minutes")):
+        run = f"cifar10-w{width}-{epochs}ep"
+        knn, linear = f"{last_of(run, 'knn200'):.2f}", f"{last_of(f'{run}-linear', 'test_top1'):.2f}"
+        time = f"{minutes_of(log.read(LOGS / run)) / divisor:.{digits}f} {unit}"
+        settings = settings_of(LOGS / run)
+        assert settings["view_size"] == "16:0.75,24:0.25"
+        differs = (f"width {width}, heads {settings['dim']} / {settings['pred_dim']}, batch {settings['batch_size']}, "
+                   f"rate {settings['learning_rate']}, views of 16 and 24 pixels, {settings['precision']}")
+        assert f"| ours: {differs} | {epochs} | 1 | {knn} | {linear} (cached features) | {time}, {cores} |" in text
+        assert f" trained for {time} " in text and f": kNN {knn} %, linear {linear} %" in text
+        about = json.loads((REPO / "weights" / f"simsiam_resnet18_w{width}_cifar10.json").read_text())
+        figures = f"{about['accuracies']['knn200']:.2f} | {about['accuracies']['linear']:.2f}"
+        assert f"{epochs} epochs, seed 0 | {figures} | {about['bytes'] / 1e6:.1f} MB |" in text
+    runs = ["cifar10-w16-12ep", "cifar10-w16-12ep-seed1"]
+    knn = [log.read(LOGS / run)[0]["knn200"] for run in runs]
+    assert f"| 0 | 2 | {cell(knn)} | – |" in text
+
+
+def test_tables_of_epochs_are_those_of_the_logs():
+    """Each row that begins with an epoch, of the run in the heading; `a / b` are seeds."""
+    checked = 0
+    for heading, header, rows in tables_in("logs/README.md"):
+        if header[0] != "after epoch":
+            continue
+        folders = [folder_of(heading)]
+        if "seed*" in heading:  # the second recipe of that section has three seeds
+            kind = "cifar10-5000-w16-b64-30ep" if rows[0][1:][-1].count("/") == 2 else "cifar10-5000-w16-20ep"
+            folders = sorted(LOGS.glob(f"{kind}-seed*"))
+        records = [{record["epoch"]: record for record in log.read(folder)} for folder in folders]
+        for number, *cells in rows:
+            for name, text in zip(header[1:], cells):
+                for part, of_run in zip(text.split(" / "), records, strict=text != "–"):
+                    record = of_run[int(number.split()[0])]
+                    if text != "–":
+                        agree(part, record[COLUMNS[name]])
+                        checked += 1
+    assert checked > 150
+
+
+def test_tables_of_runs_are_those_of_the_logs():
+    """Each row that begins with a folder of the heading's: the last metrics, minutes, and settings."""
+    checked = 0
+    for heading, header, rows in tables_in("logs/README.md"):
+        if header[0] != "folder":
+            continue
+        for name, *cells in rows:
+            name = re.match(r"`([^`]+)`", name)[1]
+            parent = folder_of(heading)
+            folders = sorted(parent.glob(f"{name}-seed*")) or [parent / name]
+            logs, settings = [log.read(folder) for folder in folders], settings_of(folders[0])
+            known = {"rate": settings["learning_rate"], "batch": settings["batch_size"], "views": settings.get("views"),
+                     "epochs": len(logs[0]), "minutes": statistics.fmean(map(minutes_of, logs))}
+            for title, text in zip(header[1:], cells):
+                if title in known:
+                    agree(text.split(" of ")[0], known[title])
+                    checked += 1
+                elif title in COLUMNS:
+                    last = [log.last(records, COLUMNS[title]) for records in logs]
+                    mean, _, std = text.partition(" ± ")
+                    agree(mean, statistics.fmean(last))
+                    assert bool(std) == (len(last) > 1), text
+                    if std:
+                        agree(std, statistics.stdev(last))
+                    checked += 1
+    assert checked > 60
+
+
+def of_seeds(folder, variant, key):
+    runs = sorted((LOGS / folder).glob(f"{variant}-seed*"))
+    return [log.last(log.read(run), key) for run in runs]
+
+
+@pytest.mark.parametrize(("table", "folder", "least"), [(0, "ablations-30ep", 2), (1, "ablations-10ep", 13)])
+def test_the_study_is_that_of_its_logs(table, folder, least):
+    _, header, rows = [each for each in tables_in("docs/ablations.md") if each[1][0] == "variant"][table]
+    default = of_seeds(folder, "default", "knn200")
+    found = [re.match("[a-z0-9-]+", row[0])[0] for row in rows]
+    for variant, row in zip(found, rows):
+        if not list((LOGS / folder).glob(f"{variant}-seed*")):
+            continue
+        values, cells = of_seeds(folder, variant, "knn200"), dict(zip(header, row))
+        assert cells["kNN, k = 200 (%)"] == cell(values), variant
+        assert cells["std·√d"].removesuffix(" (collapsed)") == cell(of_seeds(folder, variant, "std"), 3), variant
+        if variant != "default":
+            assert cells["minus default"] == cell([a - b for a, b in zip(values, default)]), variant
+    assert len(found) >= least
+    untrained = [log.read(run)[0]["knn200"] for run in sorted((LOGS / folder).glob("default-seed*"))]
+    assert [row[1] for row in rows if row[0].startswith("the network before")] == [cell(untrained)]
+
+
+def test_the_schedules_of_view_sizes_are_those_of_the_logs():
+    """Means over seeds of kNN after the epochs whose undisturbed seconds fill the minutes of a column."""
+    seconds, (_, header, rows) = {32: 142, 24: 95, 16: 62}, tables_in("docs/performance.md")[1]
+    minutes = [float(re.search(r"(\d+)(?: minutes|,| \(|$)", title)[1]) for title in header[1:]]
+    assert minutes[0] == 19
+    for first, *cells in rows:
+        epochs = int(first.rpartition(", ")[2])
+        runs = sorted(LOGS.glob(f"cifar10-w16-*{epochs}ep-seed*"))
+        assert len(runs) == 2 and settings_of(runs[0])["view_size"] in first.replace(" ", "") or epochs == 14
+        logs = [{each["epoch"]: each["knn200"] for each in log.read(run) if "knn200" in each} for run in runs]
+        assert cells[-1] == cell([each[epochs] for each in logs])
+        for text in cells[:-1]:
+            assert text in [cell([each[epoch] for each in logs]) for epoch in logs[0]], (first, text)
+    assert seconds[16] < seconds[24] < seconds[32]
