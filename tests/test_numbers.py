@@ -9,6 +9,7 @@ from conftest import REPO
 from utils import log
 
 LOGS = REPO / "logs"
+RELEASED = {"cifar10-w32-300ep": "two CPU cores", "cifar10-w16-84ep": "one CPU core"}
 COLUMNS = {"loss": "loss", "std": "std", "std·√d": "std", "effective rank": "effective_rank", "kNN, k = 1 (%)": "knn1",
            "kNN, k = 200 (%)": "knn200", "kNN (%)": "knn200", "learning rate": "lr"}
 
@@ -60,24 +61,23 @@ def folder_of(heading):
 
 def test_the_readmes_numbers_are_those_of_the_logs():
     """The results table from log.jsonl, and the table of weights from the .json beside them."""
-
-    for width, epochs, cores, divisor, digits, unit in (
-            (32, 300, "two CPU cores", 60, 1, "hours"), (16, 84, "one CPU core", 1, 0, "minutes")):
-        run = f"cifar10-w{width}-{epochs}ep"
+    text = " ".join((REPO / "README.md").read_text(encoding="utf-8").split())
+    for run, cores in RELEASED.items():
         knn, linear = f"{last_of(run, 'knn200'):.2f}", f"{last_of(f'{run}-linear', 'test_top1'):.2f}"
-        time = f"{minutes_of(log.read(LOGS / run)) / divisor:.{digits}f} {unit}"
-        settings = settings_of(LOGS / run)
+        minutes, settings = minutes_of(log.read(LOGS / run)), settings_of(LOGS / run)
+        time = f"{minutes / 60:.1f} hours" if minutes >= 120 else f"{minutes:.0f} minutes"
+        views = "" if settings.get("views", 2) == 2 else f"{settings['views']} "
         assert settings["view_size"] == "16:0.75,24:0.25"
+        width, epochs = settings["width"], settings["epochs"]
         differs = (f"width {width}, heads {settings['dim']} / {settings['pred_dim']}, batch {settings['batch_size']}, "
-                   f"rate {settings['learning_rate']}, views of 16 and 24 pixels, {settings['precision']}")
+                   f"rate {settings['learning_rate']}, {views}views of 16 and 24 pixels, {settings['precision']}")
         assert f"| ours: {differs} | {epochs} | 1 | {knn} | {linear} (cached features) | {time}, {cores} |" in text
         assert f" trained for {time} " in text and f": kNN {knn} %, linear {linear} %" in text
         about = json.loads((REPO / "weights" / f"simsiam_resnet18_w{width}_cifar10.json").read_text())
         figures = f"{about['accuracies']['knn200']:.2f} | {about['accuracies']['linear']:.2f}"
         assert f"{epochs} epochs, seed 0 | {figures} | {about['bytes'] / 1e6:.1f} MB |" in text
-    runs = ["cifar10-w16-12ep", "cifar10-w16-12ep-seed1"]
-    knn = [log.read(LOGS / run)[0]["knn200"] for run in runs]
-    assert f"| 0 | 2 | {cell(knn)} | – |" in text
+    untrained = [log.read(LOGS / run)[0]["knn200"] for run in ("cifar10-w16-12ep", "cifar10-w16-12ep-seed1")]
+    assert f"| 0 | 2 | {cell(untrained)} | – |" in text
 
 
 def test_tables_of_epochs_are_those_of_the_logs():
