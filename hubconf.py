@@ -21,7 +21,7 @@ def simsiam_resnet18_cifar10(pretrained=True, folder=_WEIGHTS):
 
 
 def simsiam_resnet18_w32_cifar10(pretrained=True, folder=_WEIGHTS):
-    """The same at half the width (2.80 M), trained a night on two CPU cores -> features [B, 256]."""
+    """The same at half the width (2.80 M), trained two hours on two CPU cores -> features [B, 256]."""
     return _load("simsiam_resnet18_w32_cifar10", 32, pretrained, folder)
 
 

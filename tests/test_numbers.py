@@ -10,8 +10,8 @@ from conftest import REPO
 from utils import augment, log
 
 LOGS = REPO / "logs"
-RUNS = {"cifar10-w32-300ep": ("two CPU cores", "released"), "cifar10-w16-84ep": ("one CPU core", "released"),
-        "cifar10-w32-4views-36ep": ("two CPU cores", "only logged")}
+RUNS = {"cifar10-w32-300ep": ("two CPU cores", "only logged"), "cifar10-w16-84ep": ("one CPU core", "released"),
+        "cifar10-w32-4views-60ep": ("two CPU cores", "released")}
 COLUMNS = {"loss": "loss", "std": "std", "std·√d": "std", "effective rank": "effective_rank", "kNN, k = 1 (%)": "knn1",
            "kNN, k = 200 (%)": "knn200", "kNN (%)": "knn200", "learning rate": "lr"}
 
