@@ -8,7 +8,7 @@ CHECKPOINT: backbone.pt or checkpoint.pt of main.py, or a checkpoint of other Si
 The first command is MoCo's protocol: SGD at a rate of 30 on random crops and flips; the result is
 the last epoch's top-1 accuracy on all test images. --features cached fits the L2-regularized softmax
 regression with L-BFGS to features without augmentation: half a minute at width 16.
---weights finetune trains the backbone too (docs/data.md, "Few labels").
+--weights finetune goes on from that fit and trains the backbone too (docs/data.md, "Few labels").
 """
 import argparse
 import math
@@ -27,9 +27,11 @@ import simsiam
 
 MILESTONES = (0.6, 0.8)   # shares of the epochs after which MoCo divides the rate by 10
 CROP_SCALE = (0.08, 1.0)  # torchvision's default for RandomResizedCrop
-# Defaults; the rates are those of a batch of 256, and scale linearly.
-FROZEN = {"augmented": {"lr": 30.0, "weight_decay": 0.0}, "cached": {"lr": 30.0, "weight_decay": 1e-4}}
-FINETUNE = {"lr": 0.1, "lr_backbone": 0.02, "weight_decay": 5e-4}
+PENALTY = 5.0             # weight decay of L-BFGS times the images: 1e-4 for 50,000
+# Defaults of SGD; the rates are those of a batch of 256, and scale linearly.
+FROZEN = {"lr": 30.0, "weight_decay": 0.0}
+FINETUNE = {"lr": 4.0, "lr_backbone": 0.12, "weight_decay": 0.0}  # times the mean square of each tensor
+SCRATCH = {"lr": 0.1, "lr_backbone": 0.1, "weight_decay": 5e-4}
 
 
 def make_parser():
@@ -45,18 +47,18 @@ def make_parser():
     backbone.add_argument("--weights", choices=("freeze", "finetune"), default="freeze",
                           help="of the backbone: train the classifier alone, or both")
     backbone.add_argument("--lr_backbone", type=cli.real_number,
-                          help="of --weights finetune (default: 0.02 * batch_size / 256)")
+                          help="of --weights finetune (default, times batch_size / 256: 0.12; from none 0.1)")
     cli.add_normalization(backbone, augment.MEAN, augment.STD)
     add = parser.add_argument_group("classifier", "SGD only: --epochs to --momentum.").add_argument
     add("--features", choices=("augmented", "cached"), default="augmented", help="SGD or L-BFGS")
     add("--weight_decay", type=cli.real_number,
-        help="default: 0 for SGD, 1e-4 for L-BFGS, 5e-4 for --weights finetune")
+        help="default: 5 / images for L-BFGS, 0 for SGD, 5e-4 for a network trained from none")
     add("--seed", type=cli.whole_number(0), default=0, help="random seed")
     add("--evaluate", type=cli.file_path, metavar="CLASSIFIER", help="only test this classifier.pt or model.pt")
     add("--epochs", type=cli.whole_number(1), default=100, help="number of epochs")
-    add("--batch_size", type=cli.whole_number(1), default=256, help="images per step")
-    add("--lr", type=cli.real_number, help="of the classifier (default: 30 * batch_size / 256; "
-        "fine-tuning 0.1 * batch_size / 256)")
+    add("--batch_size", type=cli.whole_number(1), help="images per step (default: 256; fine-tuning 64)")
+    add("--lr", type=cli.real_number, help="of the classifier (default, times batch_size / 256: 30; "
+        "fine-tuning 4, from none 0.1)")
     add("--momentum", type=cli.real_number, default=0.9, help="momentum of SGD")
     cli.add_device_options(parser)
     cli.add_run_options(parser)
@@ -72,13 +74,15 @@ class Setup(NamedTuple):
     classifier: torch.nn.Linear
     optimizer: torch.optim.SGD  # for --features augmented
     scaler: torch.amp.GradScaler
+    layout: torch.memory_format  # of the backbone and the views
+    batch: int  # images per step
 
 
 def prepare(args):
     """Complete and check the settings, and make what they say."""
     trained = read_trained(args)
     about, finetune = trained.get("about", {}), args.weights == "finetune"
-    complete(args, finetune)
+    check(args, finetune)
     device = devices.select_device(args.gpu)
     args.precision = devices.select_precision(args.precision, device)
     backbone, inherited = make_backbone(args)
@@ -98,20 +102,25 @@ def prepare(args):
         rows = balanced_subset(data.train_labels, args.fraction, args.seed)
         images = data.train_images[rows.to(data.train_images.device)]
         data = data._replace(train_images=images, train_labels=data.train_labels[rows.to(device)])
+    count = len(data.train_images)
+    set_defaults(args, finetune, count)
     classifier = make_classifier(args, backbone.feature_dim, trained).to(device)
-    backbone = backbone.requires_grad_(finetune).to(device, memory_format=layout_of(args, device))
-    groups = [[*classifier.parameters()]]
+    layout, batch, groups = torch.channels_last, min(args.batch_size, count), [[*classifier.parameters()]]
     if finetune:
-        groups.append([*backbone.parameters()])
-        if equal_batches(len(data.train_images), args.batch_size) < 2:
+        batch = count // math.ceil(count / batch)  # equal batches: a small last one has other statistics
+        if batch < 2:
             raise ValueError("--weights finetune: a batch norm takes batches of at least 2 images")
+        layout = devices.memory_layout(device, args.width, batch)
+        groups = [[each] for each in (*classifier.parameters(), *backbone.parameters())]
+    backbone = backbone.requires_grad_(finetune).to(device, memory_format=layout)
     optimizer = devices.sgd(groups, args.lr, args.momentum, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=finetune and args.precision == "fp16")
-    return Setup(args, device, data, devices.with_fast_convolutions(backbone), classifier, optimizer, scaler)
+    devices.with_fast_convolutions(backbone)
+    return Setup(args, device, data, backbone, classifier, optimizer, scaler, layout, batch)
 
 
-def complete(args, finetune):
-    """Check what can be without the data, and set the rates that are not given."""
+def check(args, finetune):
+    """Check what can be without the data, and set the batch size."""
     if args.pretrained is None:
         raise ValueError("--pretrained CHECKPOINT is required: the backbone to evaluate")
     if finetune and (args.features == "cached" or args.evaluate):
@@ -120,7 +129,16 @@ def complete(args, finetune):
         raise ValueError("--lr_backbone: the backbone is trained only by --weights finetune")
     if args.features == "cached" and args.weight_decay == 0:
         raise ValueError("--weight_decay 0: without a penalty L-BFGS does not converge")
-    defaults = FINETUNE if finetune else FROZEN[args.features]
+    args.batch_size = args.batch_size or (64 if finetune else 256)
+
+
+def set_defaults(args, finetune, images):
+    """Set the rates and the weight decay that are not given. images: how many are trained on."""
+    defaults = FROZEN
+    if args.features == "cached":
+        defaults = FROZEN | {"weight_decay": PENALTY / images}
+    elif finetune:
+        defaults = SCRATCH if args.pretrained == "none" else FINETUNE
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value if name == "weight_decay" else value * args.batch_size / 256)
@@ -137,17 +155,6 @@ def make_backbone(args):
         backbone = simsiam.ARCHS[args.arch](len(backbone.bn1.weight))
         backbone.load_state_dict(state)
     return backbone, runs.inherited_options(args.pretrained)
-
-
-def layout_of(args, device):
-    """The memory format of the backbone: channels_last, unless it is trained where that is not safe."""
-    odd = 1  # fine-tuning's equal batches may be odd
-    return torch.channels_last if args.weights == "freeze" else devices.memory_layout(device, args.width, odd)
-
-
-def equal_batches(count, most):
-    """Images in each of the equal batches, of at most `most`: a small last one would have other statistics."""
-    return count // math.ceil(count / most)
 
 
 def read_trained(args):
@@ -188,11 +195,16 @@ def make_classifier(args, feature_dim, content):
     return classifier
 
 
-def rates(args, epoch):
-    """The rates of the optimizer's groups in an epoch: MoCo's steps, or a cosine for classifier and backbone."""
+def set_rates(optimizer, args, epoch):
+    """Set the rates of an epoch: MoCo's steps, or a cosine in fine-tuning, where the first two groups are the
+    classifier's. Returns the classifier's rate, without its scale."""
+    factor = 0.1 ** sum(epoch >= round(milestone * args.epochs) for milestone in MILESTONES)
     if args.weights == "finetune":
-        return [rate * 0.5 * (1 + math.cos(math.pi * epoch / args.epochs)) for rate in (args.lr, args.lr_backbone)]
-    return [args.lr * 0.1 ** sum(epoch >= round(milestone * args.epochs) for milestone in MILESTONES)]
+        factor = 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
+    for i, group in enumerate(optimizer.param_groups):
+        rate = args.lr if i < 2 else args.lr_backbone
+        group["lr"] = rate * factor * group.get("scale", 1.0)
+    return args.lr * factor
 
 
 def summary(record):
@@ -201,30 +213,44 @@ def summary(record):
     return words + (", test top-1 {test_top1:.2f} %".format(**record) if "test_top1" in record else "")
 
 
-def train_sgd(setup, run, position, stop):
-    """--features augmented: train the classifier by MoCo's protocol, or fine-tune the backbone too, from
-    `position` on. Returns the test features, None if no epoch was left. Raises Stopped if asked to stop."""
-    args, device, data, backbone, classifier, optimizer, scaler = setup
-    autocast, size = devices.autocast(device, args.precision), len(data.train_images)
-    finetune, steps, test_features = args.weights == "finetune", math.ceil(size / args.batch_size), None
-    layout, batch = layout_of(args, device), min(args.batch_size, size)
-    if finetune:
-        batch = equal_batches(size, args.batch_size)
-        size = steps * batch
-    elif position.epoch < args.epochs:
-        test_features = features_of(setup, data.test_images, stop)
+def make_forward(setup, steps):
+    """The backbone on random crops: images uint8 [B, 3, H, W] and their Draws -> float32 [B, feature_dim]."""
+    args, autocast = setup.args, devices.autocast(setup.device, setup.args.precision)
 
-    def forward(images, draws):  # uint8 [B, 3, H, W] and their Draws -> float32 [B, feature_dim]
+    def forward(images, draws):
         views = augment.crop_flip(images, draws, args.image_size)
         views = augment.normalize(views, args.mean, args.std)
-        with torch.set_grad_enabled(finetune), autocast():
-            return backbone(views.contiguous(memory_format=layout)).float()
+        with torch.set_grad_enabled(args.weights == "finetune"), autocast():
+            return setup.backbone(views.contiguous(memory_format=setup.layout)).float()
 
-    forward = devices.compile_for(device, forward, None, args.epochs * steps)
+    return devices.compile_for(setup.device, forward, None, steps)
+
+
+def recalibrate(setup):
+    """Compute the statistics of batch norms anew: of whole images, about 10,000 at most. Those that training
+    leaves are of crops, which show objects larger (arXiv 1906.06423)."""
+    args, device, images, batch = setup.args, setup.device, setup.data.train_images, setup.batch
+    generator = augment.epoch_generator(args.seed, args.epochs, device)
+    order = torch.randperm(len(images), generator=generator, device=device).to(images.device)
+    rows = order[:max(batch, min(len(order), 10_000) // batch * batch)].split(batch)
+    views = (augment.normalize(take(images, each, device), args.mean, args.std) for each in rows)
+    with devices.autocast(device, args.precision)():
+        torch.optim.swa_utils.update_bn(views, setup.backbone)
+
+
+def train_sgd(setup, run, position, stop):
+    """--features augmented: train the classifier by MoCo's protocol, or the backbone too, from `position`
+    on. Returns the test features, None if no epoch was left. Raises Stopped if asked to stop."""
+    args, device, data, backbone, classifier, optimizer, scaler, _, batch = setup
+    finetune, size, test_features = args.weights == "finetune", len(data.train_images), None
+    if finetune:
+        size -= size % batch
+    elif position.epoch < args.epochs:
+        test_features = features_of(setup, data.test_images, stop)
+    forward = make_forward(setup, args.epochs * math.ceil(size / batch))
     with cli.progress_bar(args.epochs, position.epoch) as progress:
         for epoch in range(position.epoch, args.epochs):
-            for group, rate in zip(optimizer.param_groups, rates(args, epoch)):
-                group["lr"] = rate
+            rate = set_rates(optimizer, args, epoch)
             backbone.train(finetune)
             start = time.perf_counter()
             generator = augment.epoch_generator(args.seed, epoch, device)
@@ -250,8 +276,9 @@ def train_sgd(setup, run, position, stop):
                 progress.update(len(labels) / size)
             loss, correct = (sums / size).tolist()
             record = {"epoch": epoch + 1, "train_loss": loss, "train_top1": 100 * correct,
-                      "lr": optimizer.param_groups[0]["lr"], "seconds": round(time.perf_counter() - start, 3)}
+                      "lr": rate, "seconds": round(time.perf_counter() - start, 3)}
             if finetune and epoch + 1 == args.epochs:
+                recalibrate(setup)
                 test_features = features_of(setup, data.test_images, stop)
             if test_features is not None:
                 record |= test(classifier, test_features, data.test_labels)
@@ -264,7 +291,7 @@ def train_sgd(setup, run, position, stop):
 
 
 def fit_lbfgs(classifier, features, labels, weight_decay, check=lambda: None):
-    """--features cached: minimize cross-entropy + weight_decay / 2 * |W|^2 with L-BFGS in float64
+    """Minimize cross-entropy + weight_decay / 2 * |W|^2 with L-BFGS in float64
     until no entry of the gradient exceeds 1e-6; W are weights and biases on standardized features.
     Returns the cross-entropy and the iterations, in steps of 20; check is called before each step."""
     features = features.double()
@@ -288,8 +315,7 @@ def fit_lbfgs(classifier, features, labels, weight_decay, check=lambda: None):
         if max(weight.grad.abs().max(), bias.grad.abs().max()) < 1e-6:
             break
     else:
-        cli.warn(f"L-BFGS has not converged after {iterations} iterations; raise --weight_decay "
-                 f"({weight_decay:g})")
+        cli.warn(f"L-BFGS has not converged after {iterations} iterations at weight decay {weight_decay:g}")
     with torch.no_grad():
         loss = F.cross_entropy(F.linear(features, weight, bias), labels).item()
         classifier.weight.copy_(weight / std)  # for features that are not standardized
@@ -304,6 +330,31 @@ def test(classifier, features, labels):
     return {f"test_top{k}": knn.top_k(logits, labels, k) for k in (1, 5) if k < logits.shape[1]}
 
 
+def fit(setup, stop):
+    """Fit the classifier to the features of the training images by L-BFGS, and test it. Returns a record of
+    the log, whose epoch is the number of iterations, and the test features."""
+    args, data, weight_decay = setup.args, setup.data, setup.args.weight_decay
+    if args.weights == "finetune":
+        weight_decay = PENALTY / len(data.train_images)
+    test_features = features_of(setup, data.test_images, stop)
+    features, labels = features_of(setup, data.train_images, stop), data.train_labels
+    loss, iterations = fit_lbfgs(setup.classifier, features, labels, weight_decay, stop.check)
+    train_top1 = test(setup.classifier, features, labels)["test_top1"]
+    record = {"epoch": iterations, "train_loss": loss, "train_top1": train_top1}
+    return record | test(setup.classifier, test_features, data.test_labels), test_features
+
+
+def begin_finetuning(setup, run, stop):
+    """Fit the classifier of a pre-trained backbone, and log its accuracy as epoch 0. The rate of each tensor gets
+    its mean square as a factor: steps relative to weights that weight decay and the fit leave on any scale."""
+    record, _ = fit(setup, stop)
+    run.log({"epoch": 0, "linear_loss": record["train_loss"], "linear_top1": record["test_top1"]})
+    cli.info(f"linear classifier before fine-tuning: {summary(record)}")
+    for group in setup.optimizer.param_groups:
+        group["scale"] = group["params"][0].detach().square().mean().item()
+    run.save(runs.Position(0))
+
+
 def features_of(setup, images, stop):
     """The backbone's features of images as they are, float32 [N, feature_dim]."""
     args, autocast = setup.args, devices.autocast(setup.device, setup.args.precision)
@@ -316,19 +367,18 @@ def evaluate(setup, run, position, stop):
     frozen = {name: value.clone() for name, value in backbone.state_dict().items()}
     test_features = None
     try:
-        if args.evaluate is None and args.features == "augmented":
+        if args.evaluate is None and args.features == "cached":
+            record, test_features = fit(setup, stop)
+            run.log(record)
+        elif args.evaluate is None:
+            if args.weights == "finetune" and args.pretrained != "none" and not run.records:
+                begin_finetuning(setup, run, stop)
             test_features = train_sgd(setup, run, position, stop)
         if test_features is None:
             test_features = features_of(setup, data.test_images, stop)
-        if args.evaluate is None and args.features == "cached":
-            features, labels = features_of(setup, data.train_images, stop), data.train_labels
-            loss, iterations = fit_lbfgs(classifier, features, labels, args.weight_decay, stop.check)
-            run.log({"epoch": iterations, "train_loss": loss,
-                     "train_top1": test(classifier, features, labels)["test_top1"],
-                     **test(classifier, test_features, data.test_labels)})
     except cli.Stopped:
         return run.exit_code("main_lincls.py", stop, finished=False)
-    finite = [math.isfinite(record["train_loss"]) for record in run.records]
+    finite = [math.isfinite(value) for record in run.records for value in record.values()]
     weights = [*classifier.parameters(), *backbone.state_dict().values()]
     if not all(finite) or not all(value.isfinite().all() for value in weights):
         return cli.fail("main_lincls.py", "the loss or the weights are not finite; lower the learning rate")
@@ -346,7 +396,7 @@ def finish(setup, run, test_features):
     how, split = "", "test" if args.validation is None else "validation"
     finetuned = args.weights == "finetune" or args.evaluate == args.pretrained
     if args.evaluate is None:
-        results |= run.records[-1]
+        results |= run.records[0] | run.records[-1]  # the first has the linear accuracy before fine-tuning
         how = "L-BFGS, " if args.features == "cached" else f"epoch {args.epochs}, "
         weights = {name: value.cpu() for name, value in classifier.state_dict().items()}
         with run.attempt():
@@ -385,8 +435,7 @@ def main(argv=None):
     began, argv = time.monotonic(), sys.argv[1:] if argv is None else argv
     parser = make_parser()
     args = parser.parse_args(argv)
-    advice = "lower --batch_size" if args.features == "augmented" else "lower --train_size or --fraction"
-    with cli.memory_errors("main_lincls.py", advice):
+    with cli.memory_errors("main_lincls.py", "lower --batch_size, --train_size or --fraction"):
         with parser.user_errors():
             found = runs.find(args.exp_dir, args.trial, args.resume, runs.EVALUATION)
             if found[1] is not None:

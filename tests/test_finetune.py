@@ -16,7 +16,7 @@ from test_main_lincls import results
 from utils import checkpoint, log
 from utils.augment import crop_flip, draw_views, epoch_generator, normalize
 
-OPTIONS = ("--weights", "finetune", "--epochs", 4, "--batch_size", 50, "--lr", 0.5, "--lr_backbone", 0.05,
+OPTIONS = ("--weights", "finetune", "--epochs", 4, "--batch_size", 50, "--lr", 0.5, "--lr_backbone", 0.001,
            "--precision", "fp32", "--seed", 3)
 
 
@@ -33,17 +33,20 @@ def parameters(path):
 
 
 def test_it_is_the_written_out_training(model, finished_run, shapes):
-    """Twelve steps: backbone in train mode and classifier, each with its rate along a cosine, on equal batches."""
+    """The fit of L-BFGS; twelve steps of the classifier and the backbone, in train mode, each with its rate along a
+    cosine; then the statistics of batch norms, of three batches of whole images."""
     images, labels = shapes.train_images[:128], shapes.train_labels[:128]
-    backbone = simsiam.load_backbone(os.path.join(finished_run, "backbone.pt"), verbose=False).train()
-    torch.manual_seed(3)
+    backbone = simsiam.load_backbone(os.path.join(finished_run, "backbone.pt"), verbose=False)
     classifier = torch.nn.Linear(32, 10)
-    torch.nn.init.normal_(classifier.weight, std=0.01)
-    torch.nn.init.zeros_(classifier.bias)
-    optimizer = torch.optim.SGD([{"params": classifier.parameters()}, {"params": backbone.parameters()}], 1.0, 0.9,
-                                weight_decay=5e-4, foreach=False)
+    with torch.no_grad():
+        main_lincls.fit_lbfgs(classifier, backbone(normalize(images)), labels, 5 / 128)
+        predicted = classifier(backbone(normalize(shapes.test_images[:100]))).argmax(dim=1)
+        correct = (predicted == shapes.test_labels[:100]).sum().item()
+    rates = [(tensor, rate * tensor.detach().square().mean().item())  # relative to the pre-trained weights
+             for module, rate in ((classifier, 0.5), (backbone.train(), 0.001)) for tensor in module.parameters()]
+    optimizer = torch.optim.SGD([{"params": tensor} for tensor, _ in rates], 1.0, 0.9, foreach=False)
     for epoch in range(4):
-        for group, rate in zip(optimizer.param_groups, (0.5, 0.05)):
+        for group, (_, rate) in zip(optimizer.param_groups, rates):
             group["lr"] = rate * (1 + math.cos(math.pi * epoch / 4)) / 2
         generator = epoch_generator(3, epoch, torch.device("cpu"))
         order = torch.randperm(128, generator=generator)[:126]
@@ -53,16 +56,27 @@ def test_it_is_the_written_out_training(model, finished_run, shapes):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    expected = torch.nn.Sequential(backbone, classifier).state_dict()
-    torch.testing.assert_close(parameters(model), dict(expected), rtol=1e-2, atol=1e-3)
-    records = log.read("experiments/fine")
+    order = torch.randperm(128, generator=epoch_generator(3, 4, torch.device("cpu")))[:126]
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # the mean over batches
+    with torch.no_grad():
+        for rows in order.split(42):
+            backbone(normalize(images[rows]))
+    expected, found = torch.nn.Sequential(backbone, classifier).state_dict(), parameters(model)
+    torch.testing.assert_close(found, dict(expected), rtol=1e-2, atol=1e-3)
+    of_stem = torch.nn.functional.conv2d(normalize(images[order]), found["0.conv1.weight"], padding=1)
+    torch.testing.assert_close(found["0.bn1.running_mean"], of_stem.mean(dim=(0, 2, 3)), rtol=1e-3, atol=1e-5)
+    fit, *records = log.read("experiments/fine")
+    assert fit["epoch"] == 0 and fit["linear_top1"] == results("fine")["linear_top1"] == correct
     assert [record["lr"] for record in records] == pytest.approx([0.5, 0.4268, 0.25, 0.0732], abs=1e-4)
     assert ["test_top1" in record for record in records] == [False, False, False, True]
     assert "best_top1" not in results("fine") and not os.path.exists("experiments/fine/classifier.pt")
 
 
 def test_an_interrupted_one_resumes_exactly(model, run_lincls):
-    with before_calls([8], torch.optim.SGD, "step", lambda: signal.raise_signal(signal.SIGTERM)):
+    with before_calls([5], torch.optim.SGD, "step", lambda: signal.raise_signal(signal.SIGTERM)):
         assert run_lincls(*OPTIONS, "--trial", "stopped") == 128 + signal.SIGTERM
     assert run_lincls(*OPTIONS, "--trial", "stopped", "--resume", "auto") == 0
     whole, stopped = parameters(model), parameters("experiments/stopped/model.pt")

@@ -17,7 +17,7 @@ LIKE_SPLIT = re.compile("(?<![a-z])(train|test|val|pred|dev|eval|holdout)"
 SYSTEM = {"__macosx", "__pycache__", "@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot",
           "lost+found", "lost.dir", "found.000", "$recycle.bin", "recycler", "system volume information",
           "temporary items", "network trash folder", "thumbs.db", "desktop.ini"}
-OUTPUTS = [{log.LOG, "config.json"}, {"features.json", "map.png"}, {"ablations.md"}, {"loss-plot.png"}]
+OUTPUTS = [{log.LOG, "config.json"}, {"features.json", "neighbors.png"}, {"ablations.md"}, {"loss-plot.png"}]
 
 
 def find_images(root):

@@ -109,8 +109,6 @@ def resumed_args(parser, argv, saved):
     """Settings of a resumed run: those saved in the checkpoint, the defaults of options that are
     newer, and what is typed. Raises ValueError for one that may not change."""
     saved = {name: value for name, value in saved.items() if name not in PROCESS}
-    if saved.get("symmetry") == "asymmetric_2x":  # as it was called before --views
-        saved["symmetry"] = "asymmetric"
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     for name, value in saved.items():
