@@ -82,7 +82,7 @@ def prepare(args):
     """Complete and check the settings, and make what they say."""
     trained = read_trained(args)
     about, finetune = trained.get("about", {}), args.weights == "finetune"
-    check(args, finetune)
+    check_options(args, finetune)
     device = devices.select_device(args.gpu)
     args.precision = devices.select_precision(args.precision, device)
     backbone, inherited = make_backbone(args)
@@ -119,8 +119,8 @@ def prepare(args):
     return Setup(args, device, data, backbone, classifier, optimizer, scaler, layout, batch)
 
 
-def check(args, finetune):
-    """Check what can be without the data, and set the batch size."""
+def check_options(args, finetune):
+    """Check what can be without the data."""
     if args.pretrained is None:
         raise ValueError("--pretrained CHECKPOINT is required: the backbone to evaluate")
     if finetune and (args.features == "cached" or args.evaluate):
@@ -129,11 +129,11 @@ def check(args, finetune):
         raise ValueError("--lr_backbone: the backbone is trained only by --weights finetune")
     if args.features == "cached" and args.weight_decay == 0:
         raise ValueError("--weight_decay 0: without a penalty L-BFGS does not converge")
-    args.batch_size = args.batch_size or (64 if finetune else 256)
 
 
 def set_defaults(args, finetune, images):
-    """Set the rates and the weight decay that are not given. images: how many are trained on."""
+    """Set batch size, rates and weight decay that are not given. images: how many are trained on."""
+    args.batch_size = args.batch_size or (64 if finetune else 256)
     defaults = FROZEN
     if args.features == "cached":
         defaults = FROZEN | {"weight_decay": PENALTY / images}
@@ -241,8 +241,9 @@ def recalibrate(setup):
 def train_sgd(setup, run, position, stop):
     """--features augmented: train the classifier by MoCo's protocol, or the backbone too, from `position`
     on. Returns the test features, None if no epoch was left. Raises Stopped if asked to stop."""
-    args, device, data, backbone, classifier, optimizer, scaler, _, batch = setup
-    finetune, size, test_features = args.weights == "finetune", len(data.train_images), None
+    args, device, data, backbone, classifier, optimizer, scaler, *_ = setup
+    finetune, size, batch = args.weights == "finetune", len(data.train_images), setup.batch
+    test_features = None
     if finetune:
         size -= size % batch
     elif position.epoch < args.epochs:
@@ -291,9 +292,9 @@ def train_sgd(setup, run, position, stop):
 
 
 def fit_lbfgs(classifier, features, labels, weight_decay, check=lambda: None):
-    """Minimize cross-entropy + weight_decay / 2 * |W|^2 with L-BFGS in float64
-    until no entry of the gradient exceeds 1e-6; W are weights and biases on standardized features.
-    Returns the cross-entropy and the iterations, in steps of 20; check is called before each step."""
+    """Minimize cross-entropy + weight_decay / 2 * |W|^2 with L-BFGS in float64 until no entry of the
+    gradient exceeds 1e-6; W are weights and biases on standardized features. Returns the cross-entropy
+    and the iterations, in steps of 20; check is called before each step."""
     features = features.double()
     mean, std = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
     features = (features - mean) / std

@@ -13,7 +13,7 @@ import main_lincls
 import simsiam
 from conftest import before_calls
 from test_main_lincls import results
-from utils import checkpoint, log
+from utils import log
 from utils.augment import crop_flip, draw_views, epoch_generator, normalize
 
 OPTIONS = ("--weights", "finetune", "--epochs", 4, "--batch_size", 50, "--lr", 0.5, "--lr_backbone", 0.001,
