@@ -25,12 +25,12 @@ import torch.nn.functional as F
 
 import simsiam
 
-MILESTONES = (0.6, 0.8)   # shares of the epochs after which MoCo divides the rate by 10
-CROP_SCALE = (0.08, 1.0)  # torchvision's default for RandomResizedCrop
-PENALTY = 5.0             # weight decay of L-BFGS times the images: 1e-4 for 50,000
-# Defaults of SGD; the rates are those of a batch of 256, and scale linearly.
-FROZEN = {"lr": 30.0, "weight_decay": 0.0}
-FINETUNE = {"lr": 4.0, "lr_backbone": 0.12, "weight_decay": 0.0}  # times the mean square of each tensor
+MILESTONES = (0.6, 0.8)  # shares of the epochs after which MoCo divides the rate by 10
+CROP_SCALE = {"freeze": (0.08, 1.0),   # torchvision's default for RandomResizedCrop
+              "finetune": (0.5, 1.0)}  # the network adapts to the size of objects in its training images
+PENALTY = 5.0            # weight decay of L-BFGS times the images: 1e-4 for 50,000
+FROZEN = {"lr": 30.0, "weight_decay": 0.0}  # defaults of SGD; the rates are those of a batch of 256
+FINETUNE = {"lr": 4.0, "lr_backbone": 0.4, "weight_decay": 0.0}  # times the mean square of each tensor
 SCRATCH = {"lr": 0.1, "lr_backbone": 0.1, "weight_decay": 5e-4}
 
 
@@ -47,7 +47,7 @@ def make_parser():
     backbone.add_argument("--weights", choices=("freeze", "finetune"), default="freeze",
                           help="of the backbone: train the classifier alone, or both")
     backbone.add_argument("--lr_backbone", type=cli.real_number,
-                          help="of --weights finetune (default, times batch_size / 256: 0.12; from none 0.1)")
+                          help="of --weights finetune (default, times batch_size / 256: 0.4; from none 0.1)")
     cli.add_normalization(backbone, augment.MEAN, augment.STD)
     add = parser.add_argument_group("classifier", "SGD only: --epochs to --momentum.").add_argument
     add("--features", choices=("augmented", "cached"), default="augmented", help="SGD or L-BFGS")
@@ -256,7 +256,7 @@ def train_sgd(setup, run, position, stop):
             start = time.perf_counter()
             generator = augment.epoch_generator(args.seed, epoch, device)
             order = torch.randperm(len(data.train_images), generator=generator, device=device)[:size]
-            draws = augment.draw_views(size, generator, *data.train_images.shape[2:], CROP_SCALE)
+            draws = augment.draw_views(size, generator, *data.train_images.shape[2:], CROP_SCALE[args.weights])
             padded = F.pad(torch.arange(size, device=device), (0, -size % batch))  # one shape, one compilation
             draws, beside = draws.rows(padded), order[padded].to(data.train_images.device)
             sums = torch.zeros(2, device=device)                # loss and correct predictions

@@ -50,7 +50,7 @@ def test_it_is_the_written_out_training(model, finished_run, shapes):
             group["lr"] = rate * (1 + math.cos(math.pi * epoch / 4)) / 2
         generator = epoch_generator(3, epoch, torch.device("cpu"))
         order = torch.randperm(128, generator=generator)[:126]
-        views = normalize(crop_flip(images[order], draw_views(126, generator, scale=(0.08, 1.0))))
+        views = normalize(crop_flip(images[order], draw_views(126, generator, scale=(0.5, 1.0))))
         for rows in torch.arange(126).split(42):
             loss = torch.nn.functional.cross_entropy(classifier(backbone(views[rows])), labels[order[rows]])
             optimizer.zero_grad()
