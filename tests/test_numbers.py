@@ -173,3 +173,19 @@ def test_the_schedules_of_view_sizes_are_those_of_the_logs():
             epoch = min(measured, key=lambda epoch: abs(spent[epoch - 1] - minutes))
             assert text == cell([record["knn200"] for records in logs for record in records
                                  if record["epoch"] == epoch]), (first, minutes)
+
+
+def test_percents_in_the_documents_are_those_of_the_logs():
+    """Numbers like 65.40, without ±, in README and docs/: from the beginning or end of a run, or of released weights."""
+    known = {"91.94", "90.83", "90.51", "11.17"}  # published; the last are M parameters
+    for path in LOGS.rglob(log.LOG):
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        for key in ("knn1", "knn200", "test_top1", "linear_top1"):
+            values = [record[key] for record in records if key in record]
+            known |= {f"{value:.2f}" for value in (*values[:1], *values[-1:])}
+    for path in (REPO / "weights").glob("*.json"):
+        known |= {f"{value:.2f}" for value in json.loads(path.read_text())["accuracies"].values()}
+    documents = [REPO / "README.md", *(REPO / "docs").glob("*.md")]
+    found = [number for path in documents
+             for number in re.findall(r"(?<![\d.−])\d\d\.\d\d(?!\d| ±)", path.read_text(encoding="utf-8"))]
+    assert len(found) > 50 and set(found) <= known
