@@ -2,7 +2,7 @@
 
     python ablate.py all --data_root data --epochs 200 --gpu 0
     python ablate.py stop_gradient --seeds 2 --data_root data --epochs 30 --width 16 \\
-        --train_size 5000 --batch_size 64 --learning_rate 0.03
+        --train_size 5000 --batch_size 64 --learning_rate 0.03 --precision fp32
 
 The second takes about two hours on one CPU core: kNN ends at 30 % with stop-gradient, at 20 %
 without. Other options go to main.py. Finished runs are skipped, interrupted ones resumed.
