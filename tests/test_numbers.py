@@ -13,7 +13,8 @@ LOGS = REPO / "logs"
 RUNS = {"cifar10-w32-300ep": ("two CPU cores", "only logged"), "cifar10-w16-84ep": ("one CPU core", "released"),
         "cifar10-w32-4views-60ep": ("two CPU cores", "released")}
 COLUMNS = {"loss": "loss", "std": "std", "std·√d": "std", "effective rank": "effective_rank", "kNN, k = 1 (%)": "knn1",
-           "kNN, k = 200 (%)": "knn200", "kNN (%)": "knn200", "learning rate": "lr"}
+           "kNN, k = 200 (%)": "knn200", "kNN (%)": "knn200", "learning rate": "lr", "test top-1 (%)": "test_top1",
+           "linear (%)": "linear_top1"}
 
 
 def settings_of(folder):
@@ -39,7 +40,7 @@ def agree(text, value):
 
 def minutes_of(records):
     """Minutes of training."""
-    return sum(record["seconds"] for record in records) / 60
+    return sum(record.get("seconds", 0) for record in records) / 60
 
 
 def tables_in(name):
@@ -116,13 +117,13 @@ def test_tables_of_runs_are_those_of_the_logs():
             parent = folder_of(heading)
             folders = sorted(parent.glob(f"{name}-seed*")) or [parent / name]
             logs, settings = [log.read(folder) for folder in folders], settings_of(folders[0])
-            known = {"rate": settings["learning_rate"], "batch": settings["batch_size"], "views": settings.get("views"),
+            known = {"rate": settings.get("learning_rate"), "batch": settings["batch_size"], "views": settings.get("views"),
                      "epochs": len(logs[0]), "minutes": statistics.fmean(map(minutes_of, logs))}
             for title, text in zip(header[1:], cells):
                 if title in known:
                     agree(text.split(" of ")[0], known[title])
                     checked += 1
-                elif title in COLUMNS:
+                elif title in COLUMNS and text != "–":
                     last = [log.last(records, COLUMNS[title]) for records in logs]
                     mean, _, std = text.partition(" ± ")
                     agree(mean, statistics.fmean(last))
