@@ -27,9 +27,9 @@ import simsiam
 
 MILESTONES = (0.6, 0.8)  # shares of the epochs after which MoCo divides the rate by 10
 CROP_SCALE = {"freeze": (0.08, 1.0),   # torchvision's default for RandomResizedCrop
-              "finetune": (0.5, 1.0)}  # the network adapts to the size of objects in its training images
-PENALTY = 5.0            # weight decay of L-BFGS times the images: 1e-4 for 50,000
-FROZEN = {"lr": 30.0, "weight_decay": 0.0}  # defaults of SGD; the rates are those of a batch of 256
+              "finetune": (0.5, 1.0)}  # gentler: what is trained adapts to the size of objects in its crops
+PENALTY = 5.0  # weight decay of L-BFGS times the images: 1e-4 for 50,000
+FROZEN = {"lr": 30.0, "weight_decay": 0.0}  # defaults of SGD at a batch of 256, as the next two
 FINETUNE = {"lr": 4.0, "lr_backbone": 0.4, "weight_decay": 0.0}  # times the mean square of each tensor
 SCRATCH = {"lr": 0.1, "lr_backbone": 0.1, "weight_decay": 5e-4}
 
