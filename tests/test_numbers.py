@@ -178,7 +178,7 @@ def test_the_schedules_of_view_sizes_are_those_of_the_logs():
 
 def test_percents_in_the_documents_are_those_of_the_logs():
     """Numbers like 65.40, without ±, in README and docs/: from the beginning or end of a run, or of released weights."""
-    known = {"91.94", "90.83", "90.51", "11.17"}  # published; the last are M parameters
+    known = {"91.94", "90.83", "90.51", "11.17"}  # published; millions of parameters
     for path in LOGS.rglob(log.LOG):
         records = [json.loads(line) for line in path.read_text().splitlines()]
         for key in ("knn1", "knn200", "test_top1", "linear_top1"):
