@@ -71,6 +71,10 @@ def train(args, names, rest):
             options += ["--learning_rate", f"{args.learning_rate * batch / args.batch_size:g}"]
         try:
             code = pretraining.main([*rest, *options])
+        except SystemExit as stop:
+            if stop.code != 1:  # bad input, which is that of all runs; 1: this one's memory is used up
+                raise
+            code = 1
         except Exception:  # of any type: the study goes on without this run
             traceback.print_exc()
             code = 1
@@ -95,8 +99,7 @@ def table(results):
     for name, (runs, settings, paper) in results.items():
         knn, std, loss = (last(runs, key) for key in ("knn200", "std", "loss"))
         minus = {seed: knn[seed] - default[seed] for seed in knn if seed in default and name != "default"}
-        batch = settings.get("bn_batch", settings["batch_size"])  # older runs lack bn_batch and head_bn
-        low = fmean(std.values()) < log.collapse_std(batch, settings.get("head_bn", "default"))
+        low = fmean(std.values()) < log.collapse_std(settings)
         lines.append(f"| {name} | {paper} | {cell(knn, 2)} | {cell(minus, 2)} | {cell(std, 3)}"
                      f"{' (collapsed)' if low else ''} | {cell(loss, 3)} | {len(runs)} |")
     return "\n".join(lines)

@@ -18,10 +18,8 @@ import torch
 import hubconf
 import simsiam
 from utils import augment, checkpoint, cli, data, device as devices, knn, log, run
-from utils.folder import list_images
 from utils.images import load_images
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 HUB = [name for name in vars(hubconf) if name.startswith("simsiam_")]
 
 
@@ -55,22 +53,16 @@ def make_parser():
     return parser
 
 
-def export_features(args):
+def export_features(args, autocast):
     """Features and labels of the splits of a data set, or of the images of a folder, as .npz."""
-    if os.path.lexists(args.output):
-        raise ValueError(f"{args.output} exists")
-    device = devices.select_device(args.gpu)
-    autocast = devices.autocast(device, devices.select_precision(args.precision, device))
-    backbone = simsiam.load_backbone(args.pretrained, args.arch, verbose=cli.say).to(device)
+    backbone = simsiam.load_backbone(args.pretrained, args.arch, verbose=cli.say).to(args.device)
     options = data.options_in(vars(args), run.inherited_options(args.pretrained))
     if args.images is not None:
-        found, classes = list_images(args.images)
         size = options["image_size"] or augment.SIZE
-        images, broken = load_images([file for file, _ in found], size, args.skip_broken)
-        files, labels = zip(*[found[i] for i in range(len(found)) if i not in broken])
-        splits, arrays = {"": (images, torch.tensor(labels))}, {"files": numpy.array(files, dtype=str)}
+        images, files, labels, classes = load_images(args.images, size, args.skip_broken)
+        splits, arrays = {"": (images, labels)}, {"files": numpy.array(files, dtype=str)}
     else:
-        *pairs, classes = data.load_dataset(args.dataset, args.data_root, device, **options)
+        *pairs, classes = data.load_dataset(args.dataset, args.data_root, args.device, **options)
         splits, arrays = {"train_": pairs[:2], "test_": pairs[2:]}, {}  # images and labels of each
     for prefix, (images, labels) in splits.items():
         if len(images) > 0:
@@ -83,19 +75,13 @@ def export_features(args):
     cli.say(f"{args.output}: {', '.join(f'{name} {[*array.shape]}' for name, array in arrays.items())}")
 
 
-def predict(args):
+def predict(args, autocast):
     """The class of each image, and its probability, by a fine-tuned network, as CSV."""
-    if os.path.lexists(args.output):
-        raise ValueError(f"{args.output} exists")
-    device = devices.select_device(args.gpu)
-    autocast = devices.autocast(device, devices.select_precision(args.precision, device))
-    model = simsiam.load_model(args.model).to(device)
-    found, _ = list_images(args.images)
-    images, broken = load_images([file for file, _ in found], model.about["data"]["image_size"], args.skip_broken)
+    model = simsiam.load_model(args.model).to(args.device)
+    images, files, *_ = load_images(args.images, model.about["data"]["image_size"], args.skip_broken)
     features = knn.extract_features(model[0], images, autocast, model.about["mean"], model.about["std"])
     with torch.no_grad():
         probabilities, predicted = model[1](features).softmax(dim=1).max(dim=1)
-    files = [file for i, (file, _) in enumerate(found) if i not in broken]
     names = [model.about["classes"][number] for number in predicted.tolist()]
     content = io.StringIO()
     table = csv.writer(content, lineterminator="\n")
@@ -105,13 +91,16 @@ def predict(args):
     cli.say(f"{args.output}: {len(files):,} images")
 
 
-def release(args):
+def release(args, autocast):
     """Round the backbone of a finished run to fp16, measure it, write it with its classifier."""
-    config, results = run.read_config(args.run), checkpoint.read_json(f"{args.linear}/{run.RESULTS}")
+    config = run.read_config(args.run)
+    results = checkpoint.read_json(f"{args.linear}/{run.RESULTS}", "backbone", "test_top1")
     recipe, linear = config["settings"], run.read_config(args.linear)["settings"]
     tensors, last = checkpoint.load(os.path.join(args.run, run.BACKBONE)), log.read(args.run)[-1]
     if last["epoch"] != recipe["epochs"]:
         raise ValueError(f"{args.run}: not finished, epoch {last['epoch']} of {recipe['epochs']}")
+    if "knn200" not in last:
+        raise ValueError(f"{args.run}: no kNN after its last epoch")
     if results["backbone"] != checkpoint.digest(tensors):
         raise ValueError(f"--linear {args.linear}: the evaluation of another backbone")
     if any(recipe.get(key) != linear.get(key) for key in ("dataset", "test_size", "validation")):
@@ -127,7 +116,7 @@ def release(args):
         raise ValueError(f"--name {args.name}: another network than that of {args.run}")
     classifier = checkpoint.load(os.path.join(args.linear, "classifier.pt"))
     before = {"knn1": last["knn1"], "knn200": last["knn200"], "linear": results["test_top1"]}
-    accuracies, device = measure(backbone, classifier, linear, recipe, args)
+    accuracies = measure(args, autocast, backbone, classifier, linear, recipe)
     for name, value in accuracies.items():
         cli.say(f"{name:7} in fp32 {before[name]:6.2f} %  rounded to fp16 {value:6.2f} %")
     os.makedirs(args.weights, exist_ok=True)
@@ -136,37 +125,38 @@ def release(args):
     checkpoint.write_json(f"{path}.json", {
         "file": f"{args.name}.pt", "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content),
         "arch": recipe["arch"], "width": recipe["width"], "feature_dim": backbone.feature_dim,
-        "mean": augment.MEAN, "std": augment.STD, "accuracies": accuracies, "measured_with": device,
+        "mean": augment.MEAN, "std": augment.STD, "accuracies": accuracies, "measured_with": measured_with(args),
         "accuracies_before_rounding": before, "linear_evaluation": linear, "recipe": recipe,
         "date": datetime.date.today().isoformat(), "commit": config["commit"],
         "device": config["device"], "versions": config["versions"]})
 
 
-def check(args):
+def check(args, autocast):
     """Measure released weights again. Returns 1 if an accuracy is off by more than 0.05 points, else 0."""
     path = os.path.join(args.weights, args.name)
     about = checkpoint.read_json(f"{path}.json", "accuracies", "linear_evaluation", "recipe")
-    backbone = torch.hub.load(HERE, args.name, source="local", folder=args.weights)
+    backbone = getattr(hubconf, args.name)(folder=args.weights)
     classifier, published = checkpoint.load(f"{path}-linear.pt"), about["accuracies"]
-    measured, device = measure(backbone, classifier, about["linear_evaluation"], about["recipe"], args)
+    measured = measure(args, autocast, backbone, classifier, about["linear_evaluation"], about["recipe"])
     for name, value in measured.items():
-        cli.say(f"{name:7} published {published[name]:6.2f} %  measured {value:6.2f} %, {device}")
+        cli.say(f"{name:7} published {published[name]:6.2f} %  measured {value:6.2f} %, {measured_with(args)}")
     return int(any(abs(measured[name] - published[name]) > 0.05 + 1e-9 for name in measured))
 
 
-def measure(backbone, classifier, linear, recipe, args):
-    """kNN and linear accuracies of a released backbone in percent, and the device and precision."""
-    device = devices.select_device(args.gpu)
-    precision = devices.select_precision(args.precision, device)
-    autocast = devices.autocast(device, precision)
-    dataset = data.load_dataset(recipe["dataset"], args.data_root, device, **data.options_in(recipe))
-    backbone.to(device, memory_format=torch.channels_last)
+def measured_with(args):
+    """Device and precision in words."""
+    return f"{devices.describe(args.device)}, {args.precision}"
+
+
+def measure(args, autocast, backbone, classifier, linear, recipe):
+    """kNN and linear accuracies of a released backbone in percent."""
+    dataset = data.load_dataset(recipe["dataset"], args.data_root, args.device, **data.options_in(recipe))
+    backbone.to(args.device, memory_format=torch.channels_last)
     metrics, images = knn.monitor(backbone, dataset, autocast), dataset.test_images
     features = knn.extract_features(backbone, images, autocast, linear["mean"], linear["std"])
     logits = features.cpu() @ classifier["weight"].T + classifier["bias"]
     linear = knn.top_k(logits, dataset.test_labels.cpu(), 1)
-    accuracies = {"knn1": metrics["knn1"], "knn200": metrics["knn200"], "linear": linear}
-    return accuracies, f"{devices.describe(device)}, {precision}"
+    return {"knn1": metrics["knn1"], "knn200": metrics["knn200"], "linear": linear}
 
 
 def main(argv=None):
@@ -174,8 +164,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     full = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # fp32 is the same on any device
     with full, parser.user_errors(), cli.memory_errors("export.py", "use fewer or smaller images"):
+        if os.path.lexists(getattr(args, "output", "")):
+            raise ValueError(f"{args.output} exists")
+        args.device = devices.select_device(args.gpu)
+        args.precision = devices.select_precision(args.precision, args.device)
+        autocast = devices.autocast(args.device, args.precision)
         commands = {"features": export_features, "release": release, "check": check, "predict": predict}
-        return commands[args.command](args)
+        return commands[args.command](args, autocast)
 
 
 if __name__ == "__main__":

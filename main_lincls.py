@@ -13,12 +13,11 @@ regression with L-BFGS to features without augmentation: half a minute at width 
 import argparse
 import math
 import os
-import statistics
 import sys
 import time
 from typing import NamedTuple
 
-from utils import augment, checkpoint, cli, device as devices, knn, report, run as runs
+from utils import augment, checkpoint, cli, device as devices, knn, linear, report, run as runs
 from utils.data import DATASETS, Dataset, balanced_subset, load_dataset, options_in, take
 import torch  # after utils, which sets OpenMP up
 import torch.nn.functional as F
@@ -47,7 +46,8 @@ def make_parser():
     backbone.add_argument("--weights", choices=("freeze", "finetune"), default="freeze",
                           help="of the backbone: train the classifier alone, or both")
     backbone.add_argument("--lr_backbone", type=cli.real_number,
-                          help="of --weights finetune (default, times batch_size / 256: 0.4; from none 0.1)")
+                          help="of --weights finetune (default, times batch_size / 256: 0.4, times the mean square of "
+                          "each tensor; from none 0.1)")
     cli.add_normalization(backbone, augment.MEAN, augment.STD)
     add = parser.add_argument_group("classifier", "SGD only: --epochs to --momentum.").add_argument
     add("--features", choices=("augmented", "cached"), default="augmented", help="SGD or L-BFGS")
@@ -165,7 +165,7 @@ def read_trained(args):
         content = dict(simsiam.read_file(args.evaluate))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{args.evaluate} is no classifier: {error}") from error
-    if "about" in content:
+    if {"arch", "backbone", "classifier", "about"} <= set(content):  # model.pt
         about = {"arch": content["arch"], "mean": content["about"]["mean"], "std": content["about"]["std"],
                  "image_size": content["about"]["data"]["image_size"], "pretrained": args.evaluate}
         usual = {"arch": "resnet18", "mean": [*augment.MEAN], "std": [*augment.STD]}
@@ -177,21 +177,24 @@ def read_trained(args):
 
 
 def make_classifier(args, feature_dim, content):
-    """The classifier, new or, if there is any content, of --evaluate."""
+    """The classifier, new or, with --evaluate, of its content. Warns if it was trained on something else."""
     torch.manual_seed(args.seed)
     classifier = torch.nn.Linear(feature_dim, args.num_cls)
     torch.nn.init.normal_(classifier.weight, std=0.01)
     torch.nn.init.zeros_(classifier.bias)
-    if not content:
+    if args.evaluate is None:
         return classifier
     try:
         classifier.load_state_dict(content.get("classifier", content))  # of model.pt, or classifier.pt
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{args.evaluate} is no classifier of these features: {reason}") from error
-    results = os.path.join(os.path.dirname(args.evaluate), runs.RESULTS)
-    if os.path.exists(results) and checkpoint.read_json(results).get("backbone") != args.backbone:
-        cli.warn(f"{args.evaluate} was trained on other features than those of {args.pretrained}")
+    trained = content.get("about") or runs.settings_beside(args.evaluate)
+    for name in ("backbone", "image_size", "mean", "std"):
+        if trained.get(name, getattr(args, name)) != getattr(args, name):
+            cli.warn(f"{args.evaluate} was trained with another {name}")
+    if trained and args.validation is not None and trained.get("validation") != args.validation:
+        cli.warn(f"{args.evaluate} may have been trained on images of --validation {args.validation}")
     return classifier
 
 
@@ -238,16 +241,13 @@ def recalibrate(setup):
         torch.optim.swa_utils.update_bn(views, setup.backbone)
 
 
-def train_sgd(setup, run, position, stop):
+def train_sgd(setup, run, position, test_features, stop):
     """--features augmented: train the classifier by MoCo's protocol, or the backbone too, from `position`
-    on. Returns the test features, None if no epoch was left. Raises Stopped if asked to stop."""
+    on. Returns the test features, which change with the backbone. Raises Stopped if asked to stop."""
     args, device, data, backbone, classifier, optimizer, scaler, *_ = setup
     finetune, size, batch = args.weights == "finetune", len(data.train_images), setup.batch
-    test_features = None
     if finetune:
         size -= size % batch
-    elif position.epoch < args.epochs:
-        test_features = features_of(setup, data.test_images, stop)
     forward = make_forward(setup, args.epochs * math.ceil(size / batch))
     with cli.progress_bar(args.epochs, position.epoch) as progress:
         for epoch in range(position.epoch, args.epochs):
@@ -281,8 +281,8 @@ def train_sgd(setup, run, position, stop):
             if finetune and epoch + 1 == args.epochs:
                 recalibrate(setup)
                 test_features = features_of(setup, data.test_images, stop)
-            if test_features is not None:
-                record |= test(classifier, test_features, data.test_labels)
+            if not finetune or epoch + 1 == args.epochs:
+                record |= linear.test(classifier, test_features, data.test_labels)
             run.log(record)
             if not math.isfinite(loss):
                 break
@@ -291,69 +291,26 @@ def train_sgd(setup, run, position, stop):
     return test_features
 
 
-def fit_lbfgs(classifier, features, labels, weight_decay, check=lambda: None):
-    """Minimize cross-entropy + weight_decay / 2 * |W|^2 with L-BFGS in float64 until no entry of the
-    gradient exceeds 1e-6; W are weights and biases on standardized features. Returns the cross-entropy
-    and the iterations, in steps of 20; check is called before each step."""
-    features = features.double()
-    mean, std = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
-    features = (features - mean) / std
-    weight, bias = (torch.zeros_like(each, dtype=torch.float64, requires_grad=True)
-                    for each in (classifier.weight, classifier.bias))
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=20, history_size=20, tolerance_grad=0,
-                                  tolerance_change=0, line_search_fn="strong_wolfe")
-
-    def objective():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(F.linear(features, weight, bias), labels)
-        loss = loss + weight_decay / 2 * (weight.square().sum() + bias.square().sum())
-        loss.backward()
-        return loss
-
-    for iterations in cli.bar(range(20, 2001, 20), desc="L-BFGS", leave=False):
-        check()
-        optimizer.step(objective)
-        if max(weight.grad.abs().max(), bias.grad.abs().max()) < 1e-6:
-            break
-    else:
-        cli.warn(f"L-BFGS has not converged after {iterations} iterations at weight decay {weight_decay:g}")
-    with torch.no_grad():
-        loss = F.cross_entropy(F.linear(features, weight, bias), labels).item()
-        classifier.weight.copy_(weight / std)  # for features that are not standardized
-        classifier.bias.copy_(bias - weight @ (mean / std))
-    return loss, iterations
-
-
-@torch.no_grad()
-def test(classifier, features, labels):
-    """Test accuracies for the log: top-1, and top-5 for more than 5 classes, in percent."""
-    logits = classifier(features)
-    return {f"test_top{k}": knn.top_k(logits, labels, k) for k in (1, 5) if k < logits.shape[1]}
-
-
-def fit(setup, stop):
-    """Fit the classifier to the features of the training images by L-BFGS, and test it. Returns a record of
-    the log, whose epoch is the number of iterations, and the test features."""
-    args, data, weight_decay = setup.args, setup.data, setup.args.weight_decay
-    if args.weights == "finetune":
-        weight_decay = PENALTY / len(data.train_images)
-    test_features = features_of(setup, data.test_images, stop)
-    features, labels = features_of(setup, data.train_images, stop), data.train_labels
-    loss, iterations = fit_lbfgs(setup.classifier, features, labels, weight_decay, stop.check)
-    train_top1 = test(setup.classifier, features, labels)["test_top1"]
+def fit(setup, run, test_features, stop):
+    """Fit the classifier to the features of the training images by L-BFGS, and log its accuracies. The epoch in
+    the log is the number of iterations, or 0 in fine-tuning: there the rate of each tensor gets its mean square
+    as a factor, for steps relative to weights that weight decay and the fit leave on any scale."""
+    args, data, classifier = setup.args, setup.data, setup.classifier
+    finetune, labels = args.weights == "finetune", data.train_labels
+    weight_decay = PENALTY / len(labels) if finetune else args.weight_decay
+    features = features_of(setup, data.train_images, stop)
+    loss, iterations = linear.fit_lbfgs(classifier, features, labels, weight_decay, stop.check)
+    train_top1 = linear.test(classifier, features, labels)["test_top1"]
     record = {"epoch": iterations, "train_loss": loss, "train_top1": train_top1}
-    return record | test(setup.classifier, test_features, data.test_labels), test_features
-
-
-def begin_finetuning(setup, run, stop):
-    """Fit the classifier of a pre-trained backbone, and log its accuracy as epoch 0. The rate of each tensor gets
-    its mean square as a factor: steps relative to weights that weight decay and the fit leave on any scale."""
-    record, _ = fit(setup, stop)
-    run.log({"epoch": 0, "linear_loss": record["train_loss"], "linear_top1": record["test_top1"]})
-    cli.info(f"linear classifier before fine-tuning: {summary(record)}")
-    for group in setup.optimizer.param_groups:
-        group["scale"] = group["params"][0].detach().square().mean().item()
-    run.save(runs.Position(0))
+    record |= linear.test(classifier, test_features, data.test_labels)
+    if finetune:
+        cli.info(f"linear classifier before fine-tuning: {summary(record)}")
+        record = {"epoch": 0, "linear_loss": loss, "linear_top1": record["test_top1"]}
+        for group in setup.optimizer.param_groups:
+            scale = group["params"][0].detach().square().mean().item()
+            group["scale"] = scale or 1.0  # of the untrained network's biases, which are 0
+    run.log(record)
+    run.save(runs.Position())
 
 
 def features_of(setup, images, stop):
@@ -364,28 +321,20 @@ def features_of(setup, images, stop):
 
 def evaluate(setup, run, position, stop):
     """Train and test the classifier, on frozen features or with the backbone. Returns the exit code."""
-    args, data, backbone, classifier = setup.args, setup.data, setup.backbone, setup.classifier
-    frozen = {name: value.clone() for name, value in backbone.state_dict().items()}
-    test_features = None
+    args, backbone, classifier = setup.args, setup.backbone, setup.classifier
+    fits = args.features == "cached" or args.weights == "finetune" and args.pretrained != "none"
     try:
-        if args.evaluate is None and args.features == "cached":
-            record, test_features = fit(setup, stop)
-            run.log(record)
-        elif args.evaluate is None:
-            if args.weights == "finetune" and args.pretrained != "none" and not run.records:
-                begin_finetuning(setup, run, stop)
-            test_features = train_sgd(setup, run, position, stop)
-        if test_features is None:
-            test_features = features_of(setup, data.test_images, stop)
+        test_features = features_of(setup, setup.data.test_images, stop)
+        if args.evaluate is None and fits and not run.records:
+            fit(setup, run, test_features, stop)
+        if args.evaluate is None and args.features == "augmented":
+            test_features = train_sgd(setup, run, position, test_features, stop)
     except cli.Stopped:
         return run.exit_code("main_lincls.py", stop, finished=False)
     finite = [math.isfinite(value) for record in run.records for value in record.values()]
     weights = [*classifier.parameters(), *backbone.state_dict().values()]
     if not all(finite) or not all(value.isfinite().all() for value in weights):
         return cli.fail("main_lincls.py", "the loss or the weights are not finite; lower the learning rate")
-    for name, value in backbone.state_dict().items():
-        unchanged = args.weights == "finetune" or torch.equal(value, frozen[name])
-        assert unchanged, f"the frozen backbone changed: {name}"
     finish(setup, run, test_features)
     return run.exit_code("main_lincls.py", stop, finished=True)
 
@@ -393,22 +342,23 @@ def evaluate(setup, run, position, stop):
 def finish(setup, run, test_features):
     """Print the result; write results.json, the classifier or the whole network, and the plots."""
     args, data, classifier, backbone = setup.args, setup.data, setup.classifier, setup.backbone
-    results = {"images": len(data.test_images), **test(classifier, test_features, data.test_labels)}
+    digest = checkpoint.digest(backbone.state_dict())
+    assert args.weights == "finetune" or digest == args.backbone, "the frozen backbone changed"
+    results = {"images": len(data.test_images), **linear.test(classifier, test_features, data.test_labels)}
     how, split = "", "test" if args.validation is None else "validation"
     finetuned = args.weights == "finetune" or args.evaluate == args.pretrained
     if args.evaluate is None:
         results |= run.records[0] | run.records[-1]  # the first has the linear accuracy before fine-tuning
         how = "L-BFGS, " if args.features == "cached" else f"epoch {args.epochs}, "
-        weights = {name: value.cpu() for name, value in classifier.state_dict().items()}
+        name, content = "classifier.pt", {key: value.cpu() for key, value in classifier.state_dict().items()}
+        if args.weights == "finetune":
+            network = {key: value.cpu().contiguous() for key, value in backbone.state_dict().items()}
+            about = {"classes": data.classes, "mean": args.mean, "std": args.std, "validation": args.validation,
+                     "data": {"image_size": args.image_size, "test_share": args.test_share}}
+            content = {"arch": args.arch, "backbone": network, "classifier": content, "about": about}
+            name = "model.pt"
         with run.attempt():
-            if args.weights == "freeze":
-                checkpoint.save(run.path("classifier.pt"), weights)
-            else:
-                about = {"classes": data.classes, "mean": args.mean, "std": args.std,
-                         "data": {"image_size": args.image_size, "test_share": args.test_share}}
-                network = {name: value.cpu().contiguous() for name, value in backbone.state_dict().items()}
-                checkpoint.save(run.path("model.pt"), {
-                    "arch": args.arch, "backbone": network, "classifier": weights, "about": about})
+            checkpoint.save(run.path(name), content)
     what = "fine-tuned" if finetuned else "linear"
     cli.say(f"{what} top-1: {results['test_top1']:.2f} % ({how}{results['images']:,} {split} images)")
     if args.evaluate is None and args.features == "augmented" and args.weights == "freeze":
@@ -418,15 +368,9 @@ def finish(setup, run, test_features):
                 "set: not the result")
     with torch.no_grad():
         predicted = classifier(test_features).argmax(dim=1)
-    labels = data.test_labels
-    of_classes = dict(zip(data.classes, knn.class_accuracies(predicted, labels, args.num_cls)))
-    balanced = statistics.fmean(value for value in of_classes.values() if value is not None)
-    if len({*labels.bincount(minlength=args.num_cls).tolist()}) > 1:
-        cli.say(f"balanced accuracy, the mean over classes: {balanced:.2f} %")
-    digest = checkpoint.digest(backbone.state_dict())
-    results |= {"backbone": digest, "balanced_accuracy": balanced, "class_top1": of_classes}
-    if args.num_cls <= knn.CONFUSION_CLASSES:
-        results["confusion"] = knn.confusion_matrix(predicted, labels, args.num_cls).tolist()
+    results |= {"backbone": digest, **knn.of_classes(predicted, data.test_labels, data.classes)}
+    if len({*data.test_labels.bincount(minlength=args.num_cls).tolist()}) > 1:
+        cli.say(f"balanced accuracy, the mean over classes: {results['balanced_accuracy']:.2f} %")
     if run.unsaved is None:
         with run.attempt():
             checkpoint.write_json(run.path(runs.RESULTS), results)  # now the evaluation is finished

@@ -27,7 +27,6 @@ from torchvision import transforms
 from simsiam import SimSiam, resnet18, simsiam_loss
 from utils import augment, cli, data, device as devices, log
 
-CORES = os.cpu_count() or 1
 STEPS = {"cuda": 97, "cpu": 4}  # per measurement
 TRANSFORM = transforms.Compose([
     transforms.RandomResizedCrop(augment.SIZE, augment.SCALE, augment.RATIO),
@@ -48,7 +47,7 @@ def time_plain(device, images, width, batch_size):
     torch.backends.cudnn.benchmark = True
     model = SimSiam(resnet18(width)).to(device)
     optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=5e-4)
-    images, workers = images.permute(0, 2, 3, 1).cpu().contiguous().numpy(), max(1, CORES - 1)
+    images, workers = images.permute(0, 2, 3, 1).cpu().contiguous().numpy(), max(1, devices.cores() - 1)
     endless = RandomSampler(images, num_samples=2**40)  # workers are busy until the clock stops
     loader = DataLoader(images, batch_size, sampler=endless, num_workers=workers,
                         collate_fn=two_views, pin_memory=device.type == "cuda")
@@ -99,7 +98,7 @@ def main(argv=None):
     ours = ["main.py", "--dataset", "shapes", "--test_size", 10, "--precision", precision, "--epochs", 2]
     ours += ["--train_size", STEPS[device.type] * batch, "--eval_freq", 100, "--quiet", "--trial", "run"]
     ours += ["--compile", "--gpu", device.index] if device.type == "cuda" else ["--no-compile", "--gpu", "none"]
-    row = {"machine": f"{devices.describe(device)}, {CORES} cores, torch {torch.__version__}, ours in {precision}",
+    row = {"machine": f"{devices.describe(device)}, {devices.cores()} cores, torch {torch.__version__}, ours in {precision}",
            "unit": "views/s", "width": width, "batch": batch, "plain": [], "ours": []}
     for _ in cli.bar(range(args.rounds), leave=False):
         row["plain"].append(round(float(run("benchmarks/speed.py", "--plain", device, *sizes)), 1))

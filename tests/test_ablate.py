@@ -81,7 +81,7 @@ def test_the_rate_is_proportional_to_the_batch_and_a_warm_up_takes_a_tenth(tmp_p
 
 @pytest.mark.parametrize("first, epochs, code, runs", [
     (0, 2, 0, 4), (1, 2, 1, 4), (RuntimeError("bug"), 2, 1, 4), (143, 2, 143, 1),
-    (SystemExit(2), 2, 2, 1), (0, 1, 0, 1)])  # the last one: by --max_minutes
+    (SystemExit(1), 2, 1, 4), (SystemExit(2), 2, 2, 1), (0, 1, 0, 1)])  # the last one: by --max_minutes
 def test_the_exit_code_and_whether_the_study_goes_on(tmp_path, calls, capsys, monkeypatch, first, epochs, code, runs):
     trials = ["default-seed0", "cross-entropy-seed0", "default-seed1", "cross-entropy-seed1"]
     for trial in trials:

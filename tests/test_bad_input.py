@@ -60,6 +60,7 @@ def test_scripts_refuse(refused, no_gpu, no_network, finished_run, main, args, w
 def test_main_refuses_an_existing_trial_and_another_recipe(refused, no_gpu, run_main):
     assert run_main("--epochs", 1, "--trial", "mine") == 0
     refused(pretraining.main, [*SMALL, "--trial", "mine"], "--trial mine", "exists", "--resume")
+    refused(pretraining.main, [*SMALL, "--trial", "..", "--resume", "auto"], "plain folder name")
     again = [*SMALL, "--trial", "mine", "--resume", "auto"]
     for typed, words in (("--epochs 2", "has 1"), ("--seed 3", "has 0"), ("--no-stop_gradient", "stop_gradient False")):
         refused(pretraining.main, [*again, *typed.split()], typed.split()[0].replace("no-", ""), words)

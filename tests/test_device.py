@@ -100,7 +100,7 @@ def test_memory_that_is_used_up_is_a_line_with_advice(run_main, run_lincls, monk
         "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB")]
     calls = [(pretraining, "make_forward", lambda: run_main("--epochs", 1), "main.py: error: ", "lower --batch_size"),
              (main_lincls.knn, "extract_features", run_lincls, "main_lincls.py: error: ", "lower --batch_size"),
-             (main_lincls, "fit_lbfgs", lambda: run_lincls("--features", "cached"), "main_lincls.py: error: ",
+             (main_lincls.linear, "fit_lbfgs", lambda: run_lincls("--features", "cached"), "main_lincls.py: error: ",
               "--fraction")]
     for error in errors:
         for module, name, call, begin, advice in calls:

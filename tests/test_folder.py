@@ -347,8 +347,9 @@ def test_images_for_features_are_those_of_image_folder(tmp_path, shapes):
     reference = datasets.ImageFolder(tmp_path / "DIR")
     found, classes = layout.list_images(str(tmp_path / "DIR"))
     assert found == sorted(reference.samples, key=lambda sample: Path(sample[0]).name) and classes == reference.classes
-    images, broken = image_files.load_images([file for file, _ in found], 32, False)
-    assert torch.equal(images, shapes.train_images[:3]) and not broken
+    images, *about = image_files.load_images(str(tmp_path / "DIR"), 32, False)
+    assert torch.equal(images, shapes.train_images[:3])
+    assert about[0] == tuple(file for file, _ in found) and about[1].tolist() == [1, 0, 1] and about[2] == classes
     (tmp_path / "DIR" / "b" / "deep").mkdir()
     Path(found[0][0]).rename(tmp_path / "DIR" / "b" / "deep" / "00000.png")
     assert [label for _, label in layout.list_images(str(tmp_path / "DIR"))[0]] == [1, 0, 1]

@@ -8,7 +8,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 MEAN = (0.4914, 0.4822, 0.4465)  # of the CIFAR-10 training pixels, per channel, in [0, 1]
 STD = (0.2470, 0.2435, 0.2616)
@@ -127,10 +126,6 @@ def crop_flip(images, draws, size=SIZE):
     b, c, h, w = images.shape
     x = pixel_centers(draws.left, draws.width, size, draws.flip)
     y = pixel_centers(draws.top, draws.height, size)
-    if eager_on_cpu(images) and h <= size and w <= size:  # no crop shrinks, and sampling is faster
-        grid = torch.empty(b, size, size, 2)              # x and y, from -1 to 1 across the image
-        grid[..., 0], grid[..., 1] = (x * (2 / w) - 1)[:, None, :], (y * (2 / h) - 1)[:, :, None]
-        return F.grid_sample(images.float().mul_(1 / 255), grid, padding_mode="border", align_corners=False)
     columns = resampling_weights(x, draws.left, draws.width, w)
     rows = resampling_weights(y, draws.top, draws.height, h)
     x = torch.bmm(images.float().view(b, c * h, w), columns.transpose(1, 2))     # [B, 3 * H, size]

@@ -104,12 +104,15 @@ def make_cache(path, source, skip_broken):
         numpy.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
 
 
-def load_images(files, size, skip_broken):
-    """The same of a list of paths, without a cache."""
+def load_images(root, size, skip_broken):
+    """The images of a folder, or one file, that can be read, without a cache: uint8 [N, 3, size, size], their
+    paths and labels, and class names, as of `list_images`. Raises what it does, and ValueError as `read_batches`."""
+    found, classes = folder.list_images(root)
     broken = {}
-    parts = list(read_batches(files, size, skip_broken, broken))
-    say_broken(broken, len(files))
-    return torch.from_numpy(numpy.concatenate(parts)), broken
+    parts = list(read_batches([file for file, _ in found], size, skip_broken, broken))
+    say_broken(broken, len(found))
+    files, labels = zip(*[each for i, each in enumerate(found) if i not in broken])
+    return torch.from_numpy(numpy.concatenate(parts)), files, torch.tensor(labels), classes
 
 
 def say_broken(broken, count):

@@ -1,5 +1,7 @@
 """Features of a frozen backbone: k-nearest-neighbor classification and geometry. The bank holds the
 l2-normalized features of all training images; 200 of them vote with weight exp(similarity / 0.1)."""
+import statistics
+
 import torch
 import torch.nn.functional as F
 
@@ -100,11 +102,17 @@ def confusion_matrix(predicted, labels, num_classes):
     return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, -1).cpu()
 
 
-def class_accuracies(predicted, labels, num_classes):
-    """Accuracy of each class in percent, a list; None for a class without images."""
-    total = torch.bincount(labels, minlength=num_classes).tolist()
-    correct = torch.bincount(labels[predicted == labels], minlength=num_classes).tolist()
-    return [100 * right / count if count else None for right, count in zip(correct, total)]
+def of_classes(predicted, labels, classes):
+    """Accuracies in percent: class_top1, by name, None for a class without images; their mean,
+    balanced_accuracy; for at most CONFUSION_CLASSES classes the confusion matrix, in lists."""
+    total = torch.bincount(labels, minlength=len(classes)).tolist()
+    correct = torch.bincount(labels[predicted == labels], minlength=len(classes)).tolist()
+    shares = [100 * right / count if count else None for right, count in zip(correct, total)]
+    balanced = statistics.fmean(share for share in shares if share is not None)
+    found = {"balanced_accuracy": balanced, "class_top1": dict(zip(classes, shares))}
+    if len(classes) <= CONFUSION_CLASSES:
+        found["confusion"] = confusion_matrix(predicted, labels, len(classes)).tolist()
+    return found
 
 
 def spectrum(features):

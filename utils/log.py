@@ -37,8 +37,7 @@ def read(folder, empty=False):
 
 def last(records, key):
     """The last value of `key` in the records, or None."""
-    values = [record[key] for record in records if key in record]
-    return values[-1] if values else None
+    return next((record[key] for record in reversed(records) if key in record), None)
 
 
 def summary(records):
@@ -74,12 +73,13 @@ def table(folders):
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def collapse_std(batch_size, head_bn="default"):
-    """The feature_std (healthy: about 1) below which outputs have collapsed. Behind a batch norm, 2 / sqrt(B)
-    means that all but one point the same way, 2 sqrt(2 / B) that all but two do: 3 / sqrt(B), at most 0.6."""
-    if head_bn in ("none", "hidden"):
+def collapse_std(settings):
+    """The feature_std (healthy: about 1) below which the outputs of a run have collapsed. Behind a batch norm, 2 /
+    sqrt(B) means that all but one point the same way, 2 sqrt(2 / B) that all but two do: 3 / sqrt(B), at most 0.6."""
+    if settings.get("head_bn") in ("none", "hidden"):
         return COLLAPSE_STD
-    return max(COLLAPSE_STD, min(3 / math.sqrt(batch_size), 0.6))
+    batch = settings.get("bn_batch") or settings["batch_size"]  # older runs lack bn_batch and head_bn
+    return max(COLLAPSE_STD, min(3 / math.sqrt(batch), 0.6))
 
 
 def collapse_warning(records, settings):
@@ -87,7 +87,7 @@ def collapse_warning(records, settings):
     std = [record["std"] for record in records if "std" in record]
     if len(std) < COLLAPSE_EPOCHS or "std" not in records[-1]:
         return None
-    threshold = collapse_std(settings["bn_batch"], settings["head_bn"])
+    threshold = collapse_std(settings)
     low = [value < threshold for value in std]
     if not all(low[-COLLAPSE_EPOCHS:]) or any(low[:-COLLAPSE_EPOCHS][-1:]):  # or warned before
         return None

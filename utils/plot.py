@@ -74,8 +74,7 @@ def mark_levels(axes, name, keys, settings):
     levels, words = set(), "{:.2g}: collapsed below"
     kinds = {(each["dataset"], each.get("weights", "freeze"), each.get("validation")) for each in settings}
     if name == "std":
-        levels = {log.collapse_std(each.get("bn_batch", each["batch_size"]),
-                                   each.get("head_bn", "default")) for each in settings}
+        levels = {log.collapse_std(each) for each in settings}
     elif name == "top1-acc" and kinds == {("cifar10", "freeze", None)}:
         levels = {PAPER["knn200" if "knn200" in keys else "test_top1"]}
         words = "paper, width 64, 800 epochs: {:g}"

@@ -42,7 +42,7 @@ def evaluation_command(settings, folder, on_cpu):
     words = ["python", "main_lincls.py", "--pretrained", os.path.join(folder, BACKBONE)]
     if on_cpu:
         words += ["--features", "cached"]
-    for name in ("arch", "dataset", "train_size", "validation", "seed"):
+    for name in ("arch", "dataset", "train_size", "test_size", "validation", "seed"):
         if settings.get(name):
             words += [f"--{name}", str(settings[name])]
     if settings["dataset"] == "folder":
@@ -76,7 +76,7 @@ def draw_run(folder):
             plots += f'<figure><img alt="{name}" src="data:image/png;base64,{content}">'
             plots += f"<figcaption>{caption}</figcaption></figure>"
     kind = "linear evaluation" if "pretrained" in settings else "SimSiam pre-training"
-    if settings.get("weights") == "finetune":
+    if settings.get("weights") == "finetune" or settings.get("evaluate") == settings.get("pretrained", ""):
         kind = "fine-tuning"
     about = f"{kind}, {settings['arch']}, {settings['dataset']}, {device}"
     content = pathlib.Path(__file__).with_suffix(".html").read_text(encoding="utf-8").format(

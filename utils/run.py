@@ -39,8 +39,6 @@ class Position:
 
 def new_folder(exp_dir, trial=None):
     """Create exp_dir/trial, or for None the next free number. Raises ValueError if it exists, or OSError."""
-    if trial in ("", ".", "..") or trial and os.path.basename(trial) != trial:
-        raise ValueError(f"--trial {trial!r} is not a plain folder name")
     try:
         os.makedirs(exp_dir, exist_ok=True)
         names = [trial]
@@ -61,6 +59,8 @@ def new_folder(exp_dir, trial=None):
 def find(exp_dir, trial, resume, name):
     """What --resume means: a run's folder and the state in its checkpoint, a file called `name`, or None; the
     previous one if 'auto' finds a damaged one. Raises ValueError and OSError for what cannot be resumed."""
+    if trial in ("", ".", "..") or trial and os.path.basename(trial) != trial:
+        raise ValueError(f"--trial {trial!r} is not a plain folder name")
     if resume is None:
         return None, None
     if resume != "auto":
@@ -167,12 +167,16 @@ def read_config(folder):
     return config
 
 
+def settings_beside(path):
+    """The settings of the run in whose folder a file lies; {} if it lies in none."""
+    with contextlib.suppress(OSError, ValueError):
+        return read_config(os.path.dirname(path))["settings"]
+    return {}
+
+
 def inherited_options(path):
     """image_size and test_share of the run in whose folder a checkpoint lies, if there is one."""
-    settings = {}
-    with contextlib.suppress(OSError, ValueError):
-        settings = read_config(os.path.dirname(path))["settings"]
-    return {name: settings.get(name) for name in ("image_size", "test_share")}
+    return {name: settings_beside(path).get(name) for name in ("image_size", "test_share")}
 
 
 def open_run(found, command, settings, device, parts, began):
