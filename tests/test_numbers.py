@@ -176,6 +176,24 @@ def test_the_schedules_of_view_sizes_are_those_of_the_logs():
                                  if record["epoch"] == epoch]), (first, minutes)
 
 
+def test_the_table_of_few_labels_is_that_of_the_results():
+    """Shares of CIFAR-10's labels: mean and spread over the draws, the images, and the epochs of both ways."""
+    _, header, rows = next(each for each in tables_in("docs/data.md") if each[1][0] == "labels")
+    assert header[1:4] == ["linear (%)", "fine-tuned (%)", "from random weights (%)"] and len(rows) == 3
+    for labels, *cells, epochs in rows:
+        percent, images = re.fullmatch(r"(\d+) % \(([\d,]+)\)", labels).groups()
+        folders = {way: sorted((LOGS / "few-labels").glob(f"cifar10-{way}-{percent}pct-seed*"))
+                   for way in ("finetuned", "scratch")}
+        assert len(folders["finetuned"]) == len(folders["scratch"]) == (1 if percent == "100" else 3)
+        for (way, key), text in zip((("finetuned", "linear_top1"), ("finetuned", "test_top1"), ("scratch", "test_top1")),
+                                    cells, strict=True):
+            assert text == cell([json.loads((each / "results.json").read_text())[key] for each in folders[way]])
+        for each in itertools.chain(*folders.values()):
+            settings = settings_of(each)
+            assert (settings["epochs"], settings["fraction"]) == (int(epochs), int(percent) / 100)
+        assert int(images.replace(",", "")) == 500 * int(percent)
+
+
 def test_percents_in_the_documents_are_those_of_the_logs():
     """Numbers like 65.40, without ±, in README and docs/: from the beginning or end of a run, or of released weights."""
     known = {"91.94", "90.83", "90.51", "11.17"}  # published; millions of parameters
