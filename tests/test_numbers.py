@@ -81,8 +81,12 @@ def test_the_readmes_numbers_are_those_of_the_logs():
         about = json.loads((REPO / "weights" / f"simsiam_resnet18_w{width}_cifar10.json").read_text())
         figures = f"{about['accuracies']['knn200']:.2f} | {about['accuracies']['linear']:.2f}"
         assert f"{epochs} epochs, seed 0 | {figures} | {about['bytes'] / 1e6:.1f} MB |" in text
-    untrained = [log.read(LOGS / run)[0]["knn200"] for run in ("cifar10-w16-12ep", "cifar10-w16-12ep-seed1")]
-    assert f"| 0 | 2 | {cell(untrained)} | – |" in text
+    for width in (16, 32):
+        runs = [f"untrained/untrained-w{width}-seed{seed}" for seed in range(3)]
+        knn, linear = ([last_of(f"{run}{part}", key) for run in runs]
+                       for part, key in (("", "knn200"), ("-linear", "test_top1")))
+        assert (f"| ours: width {width}, untrained, {settings_of(LOGS / runs[0])['precision']} | 0 | 3 | {cell(knn)} | "
+                f"{cell(linear)} (cached features) |") in text
 
 
 def test_tables_of_epochs_are_those_of_the_logs():
