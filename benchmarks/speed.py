@@ -99,8 +99,8 @@ def main(argv=None):
     ours += ["--train_size", STEPS[device.type] * batch, "--eval_freq", 100, "--quiet", "--trial", "run"]
     ours += ["--compile", "--gpu", device.index] if device.type == "cuda" else ["--no-compile", "--gpu", "none"]
     machine = f"{devices.describe(device)}, {devices.cores()} cores, torch {torch.__version__}"
-    row = {"machine": f"{machine}, ours in {precision}",
-           "unit": "views/s", "width": width, "batch": batch, "plain": [], "ours": []}
+    row = {"machine": f"{machine}, ours in {precision}", "unit": "views/s", "width": width, "batch": batch,
+           "plain": [], "ours": []}
     for _ in cli.bar(range(args.rounds), leave=False):
         row["plain"].append(round(float(run("benchmarks/speed.py", "--plain", device, *sizes)), 1))
         with tempfile.TemporaryDirectory() as folder:

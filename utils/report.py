@@ -76,7 +76,8 @@ def draw_run(folder):
             plots += f'<figure><img alt="{name}" src="data:image/png;base64,{content}">'
             plots += f"<figcaption>{caption}</figcaption></figure>"
     kind = "linear evaluation" if "pretrained" in settings else "SimSiam pre-training"
-    if settings.get("weights") == "finetune" or settings.get("evaluate") == settings.get("pretrained", ""):
+    tested = settings.get("evaluate")  # model.pt is its own backbone
+    if settings.get("weights") == "finetune" or tested and tested == settings["pretrained"]:
         kind = "fine-tuning"
     about = f"{kind}, {settings['arch']}, {settings['dataset']}, {device}"
     content = pathlib.Path(__file__).with_suffix(".html").read_text(encoding="utf-8").format(

@@ -176,7 +176,8 @@ def settings_beside(path):
 
 def inherited_options(path):
     """image_size and test_share of the run in whose folder a checkpoint lies, if there is one."""
-    return {name: settings_beside(path).get(name) for name in ("image_size", "test_share")}
+    settings = settings_beside(path)
+    return {name: settings.get(name) for name in ("image_size", "test_share")}
 
 
 def open_run(found, command, settings, device, parts, began):
